@@ -1,0 +1,1 @@
+"""Benchmarks and the gate that compares them with stored baselines."""

@@ -1,0 +1,1 @@
+"""The record: data, model, training, quantization, artifact, evaluation."""

@@ -1,0 +1,1 @@
+"""Checks: every kernel and every claim."""
