@@ -1,0 +1,130 @@
+"""The parts of a block, as functions of tensors, and the small embedding modules.
+
+Letters: B batch, T positions, S cached positions, D width, H query heads, G key/value heads,
+K head size, R rotary dims, V vocabulary.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from trainer.config import AttentionBackend, ModelConfig
+
+
+def rms_norm(x: Tensor) -> Tensor:
+    """Divide the last dim by its root mean square; no weight (Zhang & Sennrich 2019)."""
+    return F.rms_norm(x, (x.shape[-1],))
+
+
+def rotary_tables(config: ModelConfig) -> tuple[Tensor, Tensor]:
+    """Cosine and sine of every position's angles, both float32 [seq_len, R/2].
+
+    The base is stretched for contexts longer than `rotary_native_len` (NTK-aware scaling), and
+    depends on the configured context alone: a shorter input must see the same angles, or cached
+    generation would disagree with the full forward.
+    """
+    stretch = max(1.0, config.seq_len / config.rotary_native_len)
+    dims = config.rotary_dims
+    base = config.rotary_base * stretch ** (dims / (dims - 2))
+    frequency = base ** -(torch.arange(0, dims, 2, dtype=torch.float64) / dims)
+    angle = torch.outer(torch.arange(config.seq_len, dtype=torch.float64), frequency)
+    return angle.cos().float(), angle.sin().float()
+
+
+def rotate(x_BTHK: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turn the first R dims of every head, first half against second (RoFormer, partial).
+
+    Args:
+        x_BTHK: queries or keys.
+        cos: float32 [T, R/2], as `rotary_tables` gives.
+        sin: likewise.
+    """
+    half = cos.shape[-1]
+    turned, kept = x_BTHK[..., : 2 * half], x_BTHK[..., 2 * half :]
+    first, second = turned.float().split(half, dim=-1)
+    cos, sin = cos[:, None, :], sin[:, None, :]
+    turned = torch.cat((first * cos + second * sin, second * cos - first * sin), dim=-1)
+    return torch.cat((turned.type_as(x_BTHK), kept), dim=-1)
+
+
+def causal_attention(
+    q_BTHK: Tensor, k_BTGK: Tensor, v_BTGK: Tensor, backend: AttentionBackend
+) -> Tensor:
+    """Causal grouped-query attention, scale 1/sqrt(K); returns [B, T, H, K].
+
+    Raises:
+        RuntimeError: `cudnn` was named and cuDNN cannot run these inputs.
+    """
+    q, k, v = (x.transpose(1, 2) for x in (q_BTHK, k_BTGK, v_BTGK))
+    if backend == "cudnn":
+        with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
+            y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+    else:
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+    return y.transpose(1, 2)
+
+
+def cached_attention(q_BTHK: Tensor, k_BSGK: Tensor, v_BSGK: Tensor, positions_T: Tensor) -> Tensor:
+    """Attention of new queries to a cache of S slots; slot s counts if s <= the position."""
+    q, k, v = (x.transpose(1, 2) for x in (q_BTHK, k_BSGK, v_BSGK))
+    slots_S = torch.arange(k.shape[2], device=k.device)
+    seen_TS = slots_S[None, :] <= positions_T[:, None]
+    y = F.scaled_dot_product_attention(q, k, v, attn_mask=seen_TS, enable_gqa=True)
+    return y.transpose(1, 2)
+
+
+def exclude_self(y_BTHK: Tensor, v_BTGK: Tensor) -> Tensor:
+    """XSA: take from each head's output its projection on its own position's value vector."""
+    heads = y_BTHK.unflatten(2, (v_BTGK.shape[2], -1)).float()
+    direction = F.normalize(v_BTGK.float(), dim=-1).unsqueeze(3)
+    rest = heads - (heads * direction).sum(-1, keepdim=True) * direction
+    return rest.flatten(2, 3).type_as(y_BTHK)
+
+
+class SmearGate(nn.Module):
+    """Mix each position with the one before it: (1-g) x_t + g x_{t-1}, g = sigmoid(gate)."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.gate = nn.Parameter(torch.zeros(width))
+
+    def forward(self, x_BTD: Tensor, before_B1D: Tensor) -> Tensor:
+        """`before_B1D` is the position before the first one; zeros at the start of a window."""
+        previous = torch.cat((before_B1D, x_BTD[:, :-1]), dim=1)
+        g = torch.sigmoid(self.gate).to(x_BTD.dtype)
+        return (1 - g) * x_BTD + g * previous
+
+
+class ProjectedEmbedding(nn.Module):
+    """A narrow table, a projection to the model's width, and a learned scale."""
+
+    def __init__(self, rows: int, dim: int, width: int, scale: float) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(rows, dim)
+        self.proj = nn.Linear(dim, width, bias=False)
+        self.scale = nn.Parameter(torch.tensor(scale))
+        nn.init.orthogonal_(self.proj.weight)
+
+    def forward(self, rows_BT: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
+        """Embed int64 rows [B, T] to [B, T, width]; `weight` is `proj.weight`, cast to `dtype`."""
+        projected = F.linear(self.embed(rows_BT).to(dtype), weight)
+        return projected * self.scale.to(dtype)
+
+
+def bigram_buckets(ids_BT: Tensor, before_B1: Tensor, positions_T: Tensor, buckets: int) -> Tensor:
+    """Hash of each token and the one before it, int64 [B, T] in 0..buckets-1.
+
+    ((36313 id_t) xor (27191 id_{t-1})) mod (buckets-1) in int32 arithmetic; position 0 has no
+    predecessor and takes the last bucket. Source: the published record.
+
+    Args:
+        ids_BT: token ids.
+        before_B1: the id before the first one (any value at position 0).
+        positions_T: position of every column of `ids_BT`.
+        buckets: rows of the table.
+    """
+    ids = ids_BT.int()
+    previous = torch.cat((before_B1.int(), ids[:, :-1]), dim=1)
+    mixed = torch.bitwise_xor(36313 * ids, 27191 * previous) % (buckets - 1)
+    return torch.where(positions_T == 0, buckets - 1, mixed.long())

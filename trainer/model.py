@@ -1,0 +1,306 @@
+"""GPT: tokens -> hidden -> logits. The one forward pass of the project.
+
+Training loss, Hessian collection, evaluation, generation and SLOT all call `hidden` and `logits`.
+
+Letters: B batch, T positions, V vocabulary, D width, L layers, H query heads, G key/value heads,
+K head size, F MLP width.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from kernels.mlp import mlp
+from trainer import layers
+from trainer.config import AttentionBackend, MlpBackend, ModelConfig
+from trainer.layers import ProjectedEmbedding, SmearGate, rms_norm
+from trainer.qat import fake_quantize_rows
+
+Observer = Callable[[tuple[str, ...], Tensor], None]
+"""Called with the names of the matrices an input feeds, and that input [B, T, columns]."""
+
+
+@dataclass
+class KVCache:
+    """Static buffers for generation, filled in place so that a CUDA graph can replay a step."""
+
+    k_LBTGK: Tensor
+    v_LBTGK: Tensor
+    position: Tensor
+    """Number of tokens seen, 0-dim int64 on the device."""
+    last_ids_B1: Tensor
+    last_x_B1D: Tensor
+    """Normalised embedding of the last token, before SmearGate."""
+
+    def reset(self) -> None:
+        """Forget everything, in place."""
+        for buffer in (self.k_LBTGK, self.v_LBTGK, self.last_x_B1D):
+            buffer.zero_()
+        self.position.zero_()
+        self.last_ids_B1.zero_()
+
+
+@dataclass(frozen=True)
+class CastWeights:
+    """The matrices of one forward pass, in the compute dtype (fake-quantized in late QAT)."""
+
+    qo: Tensor
+    kv: Tensor
+    up: Tensor
+    down: Tensor
+    bigram_proj: Tensor
+    ve_proj: Tensor
+
+
+class Attention(nn.Module):
+    """Holds the query gains; the matrices live in the banks."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.q_gain = nn.Parameter(torch.full((config.query_heads,), config.q_gain))
+
+
+class Block(nn.Module):
+    """Scalars of one block; the matrices live in the banks."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.attn = Attention(config)
+        self.attn_scale = nn.Parameter(torch.ones(config.width))
+        self.mlp_scale = nn.Parameter(torch.ones(config.width))
+        mix = torch.stack((torch.ones(config.width), torch.zeros(config.width)))
+        self.resid_mix = nn.Parameter(mix)
+
+
+class GPT(nn.Module):
+    """The record's GPT. Parameters are float32 masters; products run in `compute_dtype`.
+
+    Args:
+        config: shape of the model.
+        compute_dtype: torch.bfloat16 or torch.float32.
+        mlp: implementation of the fused MLP, by name.
+        attention: implementation of attention, by name.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        *,
+        compute_dtype: torch.dtype = torch.float32,
+        mlp: MlpBackend = "reference",
+        attention: AttentionBackend = "sdpa",
+    ) -> None:
+        super().__init__()
+        self.config, self.compute_dtype = config, compute_dtype
+        self.mlp_backend, self.attention_backend = mlp, attention
+        self.late_qat = "off"
+        L, D, F_ = config.layers, config.width, config.mlp_width
+        self.tok_emb = nn.Embedding(config.vocab_size, D)
+        self.bigram = ProjectedEmbedding(
+            config.bigram_buckets, config.bigram_dim, D, config.bigram_scale
+        )
+        self.smear = SmearGate(D)
+        self.encoder_layers = L // 2
+        self.skip_weights = nn.Parameter(torch.ones(self.encoder_layers, D))
+        self.qo_bank = nn.Parameter(torch.zeros(2 * L, D, D))
+        self.kv_bank = nn.Parameter(torch.zeros(2 * L, config.kv_width, D))
+        self.mlp_up_bank = nn.Parameter(torch.zeros(L, F_, D))
+        self.mlp_down_bank = nn.Parameter(torch.zeros(L, D, F_))
+        self.blocks = nn.ModuleList(Block(config) for _ in range(L))
+        self.ve_shared = ProjectedEmbedding(
+            config.vocab_size, config.value_embed_dim, config.kv_width, config.value_embed_scale
+        )
+        self.ve_layer_scales = nn.ParameterList(
+            nn.Parameter(torch.ones(1)) for _ in config.value_embed_layers
+        )
+        self._initialise()
+        cos, sin = layers.rotary_tables(config)
+        self.register_buffer("cos", cos, persistent=False)
+        self.register_buffer("sin", sin, persistent=False)
+
+    @torch.no_grad()
+    def _initialise(self) -> None:
+        """Orthogonal Q, K, V and up; out and down stay zero, so every block starts as identity."""
+        nn.init.normal_(self.tok_emb.weight, std=self.config.embed_std)
+        nn.init.zeros_(self.bigram.embed.weight)
+        nn.init.normal_(self.ve_shared.embed.weight, std=self.config.value_embed_std)
+        for name, matrix in self.matrices().items():
+            if name.rsplit(".", 1)[1] in ("q", "k", "v", "up"):
+                nn.init.orthogonal_(matrix)
+
+    def matrices(self) -> dict[str, Tensor]:
+        """The quantized matrices as views [rows, columns] of their banks, by name.
+
+        Names are `blocks.{i}.{q|k|v|out|up|down}`; 66 of them at the record's settings.
+        """
+        L = self.config.layers
+        views: dict[str, Tensor] = {}
+        for i in range(L):
+            views[f"blocks.{i}.q"] = self.qo_bank.detach()[i]
+            views[f"blocks.{i}.k"] = self.kv_bank.detach()[i]
+            views[f"blocks.{i}.v"] = self.kv_bank.detach()[L + i]
+            views[f"blocks.{i}.out"] = self.qo_bank.detach()[L + i]
+            views[f"blocks.{i}.up"] = self.mlp_up_bank.detach()[i]
+            views[f"blocks.{i}.down"] = self.mlp_down_bank.detach()[i]
+        return views
+
+    def new_cache(self, batch: int, length: int) -> KVCache:
+        """Empty cache for `batch` sequences of at most `length` <= seq_len tokens."""
+        c = self.config
+        if not 1 <= length <= c.seq_len:
+            raise ValueError(f"cache length {length} is outside 1..{c.seq_len} (seq_len)")
+        device = self.qo_bank.device
+        shape = (c.layers, batch, length, c.kv_heads, c.head_size)
+        return KVCache(
+            k_LBTGK=torch.zeros(shape, dtype=self.compute_dtype, device=device),
+            v_LBTGK=torch.zeros(shape, dtype=self.compute_dtype, device=device),
+            position=torch.zeros((), dtype=torch.int64, device=device),
+            last_ids_B1=torch.zeros(batch, 1, dtype=torch.int64, device=device),
+            last_x_B1D=torch.zeros(batch, 1, c.width, dtype=self.compute_dtype, device=device),
+        )
+
+    def hidden(
+        self, ids_BT: Tensor, *, cache: KVCache | None = None, observe: Observer | None = None
+    ) -> Tensor:
+        """Last hidden state after the final RMSNorm, [B, T, D] in the compute dtype.
+
+        Args:
+            ids_BT: int64 token ids, T <= seq_len.
+            cache: continue the cached sequences; the cache is advanced in place.
+            observe: called with every input of a quantized matrix.
+        """
+        weights = self._cast_weights()
+        positions_T = torch.arange(ids_BT.shape[1], device=ids_BT.device)
+        if cache is not None:
+            positions_T = positions_T + cache.position
+        x = self._embed(ids_BT, positions_T, cache, weights)
+        value_embeds = self._value_embeds(ids_BT, weights)
+        rotary = (self.cos[positions_T], self.sin[positions_T])
+        x0 = x
+        skips: list[Tensor] = []
+        for i in range(self.config.layers):
+            if i >= self.encoder_layers and skips:
+                j = i - self.encoder_layers
+                x = x + self.skip_weights[j].to(x.dtype) * skips.pop()
+            x = self._block(
+                i, x, x0, weights, rotary, positions_T, value_embeds.get(i), cache, observe
+            )
+            if i < self.encoder_layers:
+                skips.append(x)
+        if cache is not None:
+            cache.position.add_(ids_BT.shape[1])
+        return rms_norm(x)
+
+    def logits(self, hidden_BTD: Tensor) -> Tensor:
+        """Softcapped next-token logits, float32 [..., V], from hidden states [..., D]."""
+        raw = F.linear(hidden_BTD, self.tok_emb.weight.to(hidden_BTD.dtype)).float()
+        cap = self.config.logit_softcap
+        return cap * torch.tanh(raw / cap)
+
+    def loss(self, ids_BT: Tensor, targets_BT: Tensor) -> Tensor:
+        """Mean cross-entropy in nats per token, scalar float32."""
+        logits = self.logits(self.hidden(ids_BT))
+        return F.cross_entropy(logits.flatten(0, 1), targets_BT.flatten())
+
+    def _cast_weights(self) -> CastWeights:
+        """Banks and small projections in the compute dtype, rounded to int6 in late QAT."""
+        banks = [self.qo_bank, self.kv_bank, self.mlp_up_bank, self.mlp_down_bank]
+        linears = [self.bigram.proj.weight, self.ve_shared.proj.weight]
+        if self.late_qat == "banks":
+            banks = [fake_quantize_rows(bank) for bank in banks]
+        if self.late_qat in ("banks", "linears"):
+            linears = [fake_quantize_rows(linear) for linear in linears]
+        return CastWeights(*(w.to(self.compute_dtype) for w in (*banks, *linears)))
+
+    def _embed(
+        self, ids_BT: Tensor, positions_T: Tensor, cache: KVCache | None, weights: CastWeights
+    ) -> Tensor:
+        """Token plus bigram embedding, normalised and smeared: the x0 of every block."""
+        if cache is None:
+            before_ids = torch.zeros_like(ids_BT[:, :1])
+        else:
+            before_ids = cache.last_ids_B1.clone()
+            cache.last_ids_B1.copy_(ids_BT[:, -1:])
+        buckets = layers.bigram_buckets(ids_BT, before_ids, positions_T, self.config.bigram_buckets)
+        bigram = self.bigram(buckets, weights.bigram_proj, self.compute_dtype)
+        x = rms_norm(self.tok_emb(ids_BT).to(self.compute_dtype) + bigram)
+        if cache is None:
+            before_x = torch.zeros_like(x[:, :1])
+        else:
+            before_x = cache.last_x_B1D.clone()
+            cache.last_x_B1D.copy_(x[:, -1:])
+        return self.smear(x, before_x)
+
+    def _value_embeds(self, ids_BT: Tensor, weights: CastWeights) -> dict[int, Tensor]:
+        """Value embedding [B, T, G*K] of every layer that has one."""
+        if not self.config.value_embed_layers:
+            return {}
+        shared = self.ve_shared(ids_BT, weights.ve_proj, self.compute_dtype)
+        scales = zip(self.config.value_embed_layers, self.ve_layer_scales, strict=True)
+        return {i: shared * scale.to(shared.dtype) for i, scale in scales}
+
+    def _block(
+        self,
+        i: int,
+        x: Tensor,
+        x0: Tensor,
+        weights: CastWeights,
+        rotary: tuple[Tensor, Tensor],
+        positions_T: Tensor,
+        value_embed: Tensor | None,
+        cache: KVCache | None,
+        observe: Observer | None,
+    ) -> Tensor:
+        """Block i: mix in x0, attend, then the MLP, each as a scaled residual."""
+        block = self.blocks[i]
+        dtype, damp = x.dtype, 1 / math.sqrt(i + 1)
+        mix = block.resid_mix.to(dtype)
+        u = mix[0] * x + mix[1] * x0
+        attended = self._attention(
+            i, rms_norm(u) * damp, weights, rotary, positions_T, value_embed, cache, observe
+        )
+        x = u + block.attn_scale.to(dtype) * attended
+        normed = rms_norm(x) * damp
+        y, post = mlp(normed, weights.up[i], weights.down[i], backend=self.mlp_backend)
+        if observe is not None:
+            observe((f"blocks.{i}.up",), normed)
+            observe((f"blocks.{i}.down",), post)
+        return x + block.mlp_scale.to(dtype) * y
+
+    def _attention(
+        self,
+        i: int,
+        x: Tensor,
+        weights: CastWeights,
+        rotary: tuple[Tensor, Tensor],
+        positions_T: Tensor,
+        value_embed: Tensor | None,
+        cache: KVCache | None,
+        observe: Observer | None,
+    ) -> Tensor:
+        """Grouped-query attention with normalised q and k, partial rotary and XSA."""
+        c, L = self.config, self.config.layers
+        q = F.linear(x, weights.qo[i]).unflatten(-1, (c.query_heads, c.head_size))
+        k = F.linear(x, weights.kv[i]).unflatten(-1, (c.kv_heads, c.head_size))
+        v = F.linear(x, weights.kv[L + i])
+        if value_embed is not None:
+            v = v + value_embed
+        v = v.unflatten(-1, (c.kv_heads, c.head_size))
+        gain = self.blocks[i].attn.q_gain.to(x.dtype)[:, None]
+        q = layers.rotate(rms_norm(q), *rotary) * gain
+        k = layers.rotate(rms_norm(k), *rotary)
+        if cache is None:
+            y = layers.causal_attention(q, k, v, self.attention_backend)
+        else:
+            cache.k_LBTGK[i].index_copy_(1, positions_T, k)
+            cache.v_LBTGK[i].index_copy_(1, positions_T, v)
+            y = layers.cached_attention(q, cache.k_LBTGK[i], cache.v_LBTGK[i], positions_T)
+        y = layers.exclude_self(y, v).flatten(2)
+        if observe is not None:
+            observe(tuple(f"blocks.{i}.{m}" for m in "qkv"), x)
+            observe((f"blocks.{i}.out",), y)
+        return F.linear(y, weights.qo[L + i])
