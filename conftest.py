@@ -13,6 +13,8 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
+pytest_plugins = ["verify.proof_sheet"]
+
 _COMMON = {
     "deadline": None,  # speed is judged in bench, never by a test
     "print_blob": True,
