@@ -1,0 +1,223 @@
+"""report.md and its plots: what people read of a run."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+
+import matplotlib.pyplot as plt
+from matplotlib.figure import Figure
+
+from trainer import files
+from trainer.config import SIZE_LIMIT_BYTES, RunConfig
+from trainer.folder import RunFolder
+
+PUBLISHED = {
+    "steps": "6,819",
+    "ms_per_step": "87.7",
+    "post_ema": "1.1260",
+    "sliding": "1.1125",
+    "shared": "1.1088",
+    "artifact": "14,522,866",
+}
+"""Means of the three published seeds, 8xH100, FineWeb; SLOT is the `shared` form."""
+
+SCORE_ROWS = (
+    ("post_ema", "averaged weights, full windows"),
+    ("round_trip", "after quantization, full windows"),
+    ("sliding", "after quantization, sliding windows"),
+    ("slot_context", "sliding windows, SLOT `context`"),
+    ("slot_shared", "sliding windows, SLOT `shared`"),
+)
+
+
+def write_report(folder: RunFolder, config: RunConfig) -> None:
+    """Write report.md and plots/*.png of a finished run from its stage results and metrics."""
+    stages = _stage_results(folder.path)
+    metrics = [row for row in folder.read_metrics() if "train_nats" in row]
+    _save(_loss_plot(metrics, stages), folder.plots / "loss.png")
+    _save(_learning_rate_plot(metrics), folder.plots / "learning_rate.png")
+    _save(_bits_plot(stages["quantize"]["matrices"]), folder.plots / "bits.png")
+    environment = json.loads((folder.path / "environment.json").read_text())
+    files.write_text(folder.report, _markdown(folder, config, stages, environment))
+
+
+def _stage_results(path: Path) -> dict[str, dict[str, Any]]:
+    return {p.stem: json.loads(p.read_text()) for p in sorted((path / "stages").glob("*.json"))}
+
+
+def _markdown(
+    folder: RunFolder,
+    config: RunConfig,
+    stages: dict[str, dict[str, Any]],
+    environment: dict[str, Any],
+) -> str:
+    train, data, artifact = stages["train"], stages["data"], stages["artifact"]
+    sections = [
+        f"# {folder.path.name}",
+        _origin(environment, data, train),
+        "## Scores\n\n" + _score_table(stages),
+        "## Size\n\n" + _size_table(artifact),
+        "## Training\n\n" + _training_table(train, data, config),
+        "## Time\n\n" + _time_table(stages),
+        "## Pictures\n\n"
+        "![Training loss](plots/loss.png)\n\n"
+        "![Learning rate](plots/learning_rate.png)\n\n"
+        "![Bits per matrix](plots/bits.png)",
+        "## Settings\n\nEvery setting is in `config.json`, the machine in `environment.json`.",
+    ]
+    return "\n\n".join(sections) + "\n"
+
+
+def _origin(environment: dict[str, Any], data: dict[str, Any], train: dict[str, Any]) -> str:
+    packages = environment["packages"]
+    return (
+        f"Measured on {train['world_size']} x {environment['device']} "
+        f"({environment['cpu']}, {environment['cores']} cores), "
+        f"torch {packages['torch']}, triton {packages['triton']}, "
+        f"Python {environment['python']}, commit `{environment['commit']}`. "
+        f"Text: {data['name']}, {data['train_tokens']:,} training tokens, "
+        f"{data['val_tokens']:,} held out. "
+        "The published column is the record's mean on 8 x H100 and FineWeb: figures on other "
+        "text or other hardware are not comparable with it."
+    )
+
+
+def _score_table(stages: dict[str, dict[str, Any]]) -> str:
+    lines = [
+        "| score | causal | nats/token | bits per byte | tokens | published BPB |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
+    published = {"post_ema": "post_ema", "sliding": "sliding", "slot_shared": "shared"}
+    for name, meaning in SCORE_ROWS:
+        if name not in stages:
+            continue
+        score = stages[name]
+        known = PUBLISHED[published[name]] if name in published else ""
+        lines.append(
+            f"| {meaning} | {'yes' if score['causal'] else '**no**'} | {score['nats']:.5f} "
+            f"| {score['bpb']:.4f} | {score['tokens']:,} | {known} |"
+        )
+    loss = stages["round_trip"]["nats"] - stages["post_ema"]["nats"]
+    entropy = stages["data"]["unigram_nats"]
+    lines += [
+        "",
+        f"Quantization costs {loss:+.4f} nats (round trip minus averaged weights). "
+        f"The unigram entropy of the training text is {entropy:.4f} nats.",
+        "SLOT `shared` fits its offset on the very targets it scores: it is not causal, and is "
+        "reported for reproduction alone.",
+    ]
+    return "\n".join(lines)
+
+
+def _size_table(artifact: dict[str, Any]) -> str:
+    total = artifact["artifact_bytes"] + artifact["code_bytes"]
+    fits = "fits" if total <= artifact["limit_bytes"] else "**over**"
+    return "\n".join(
+        [
+            "| part | bytes | published |",
+            "| --- | --- | --- |",
+            f"| artifact ({artifact['compressor']}) | {artifact['artifact_bytes']:,} "
+            f"| {PUBLISHED['artifact']} |",
+            f"| code | {artifact['code_bytes']:,} | |",
+            f"| total, limit {SIZE_LIMIT_BYTES:,} ({fits}) | {total:,} | |",
+            "",
+            f"Artifact SHA-256 `{artifact['sha256']}`; {artifact['pruned']:,} codes pruned to fit.",
+        ]
+    )
+
+
+def _training_table(train: dict[str, Any], data: dict[str, Any], config: RunConfig) -> str:
+    memory = train["peak_memory_bytes"]
+    rows = [
+        ("parameters", f"{train['parameters']:,}", "29,951,068"),
+        ("steps", f"{train['steps']:,}", PUBLISHED["steps"]),
+        ("ms/step", f"{train['ms_per_step']:.1f}", PUBLISHED["ms_per_step"]),
+        ("tokens per step", f"{config.train.sequences_per_step * config.model.seq_len:,}", ""),
+        ("last training loss, nats", f"{train['final_train_nats']:.4f}", ""),
+        (
+            "step-counted settings scaled by",
+            f"{train['step_scale']:.4f} ({train['expected_steps']:,} expected steps of 6,819)",
+            "1",
+        ),
+        ("waiting for data", f"{100 * train['data_stall_share']:.2f} % of the time", ""),
+        ("peak GPU memory", f"{memory / 1e9:.2f} GB" if memory else "no GPU", ""),
+        ("weights used", config.train.average, "ema"),
+        ("late QAT", config.train.late_qat, "linears"),
+    ]
+    head = ["| | this run | published |", "| --- | --- | --- |"]
+    return "\n".join(head + [f"| {a} | {b} | {c} |" for a, b, c in rows])
+
+
+def _time_table(stages: dict[str, dict[str, Any]]) -> str:
+    ordered = sorted(stages.items(), key=lambda item: STAGE_ORDER.index(item[0]))
+    lines = ["| stage | seconds |", "| --- | --- |"]
+    lines += [f"| {name} | {result['seconds']:.1f} |" for name, result in ordered]
+    lines.append(f"| all | {sum(result['seconds'] for result in stages.values()):.1f} |")
+    return "\n".join(lines)
+
+
+STAGE_ORDER = (
+    "data",
+    "train",
+    "post_ema",
+    "calibrate",
+    "hessians",
+    "quantize",
+    "artifact",
+    "round_trip",
+    "sliding",
+    "slot_context",
+    "slot_shared",
+)
+
+
+def _loss_plot(metrics: list[dict[str, Any]], stages: dict[str, dict[str, Any]]) -> Figure:
+    figure, axes = plt.subplots(figsize=(8, 4.5))
+    steps = [row["step"] for row in metrics]
+    axes.plot(steps, [row["train_nats"] for row in metrics], label="training batch")
+    entropy = stages["data"]["unigram_nats"]
+    axes.axhline(entropy, color="grey", linestyle=":", label="unigram entropy of the text")
+    axes.axhline(
+        stages["post_ema"]["nats"], color="C1", linestyle="--", label="held out, averaged weights"
+    )
+    quantized_from = next((row["step"] for row in metrics if row["late_qat"]), None)
+    if quantized_from is not None:
+        axes.axvline(quantized_from, color="C2", linewidth=1, label="late QAT starts")
+    axes.set(xlabel="step", ylabel="loss, nats per token", title="Training loss")
+    axes.legend()
+    return figure
+
+
+def _learning_rate_plot(metrics: list[dict[str, Any]]) -> Figure:
+    figure, axes = plt.subplots(figsize=(8, 3.5))
+    axes.plot([row["step"] for row in metrics], [row["lr_scale"] for row in metrics])
+    axes.set(xlabel="step", ylabel="scale", title="Learning rate scale", ylim=(0, 1.05))
+    return figure
+
+
+def _bits_plot(matrices: list[dict[str, Any]]) -> Figure:
+    """Sensitivity of every matrix, coloured by its bits."""
+    ranked = sorted(matrices, key=lambda m: -m["sensitivity"])
+    figure, axes = plt.subplots(figsize=(max(8.0, 0.17 * len(ranked)), 4.5))
+    shown = {5: "C0", 6: "C1"}
+    for bits, colour in shown.items():
+        at = [i for i, m in enumerate(ranked) if m["bits"] == bits]
+        heights = [ranked[i]["sensitivity"] for i in at]
+        axes.bar(at, heights, color=colour, label=f"int{bits}")
+    names = [m["name"].removeprefix("blocks.") for m in ranked]
+    axes.set_xticks(range(len(ranked)), names, rotation=90, fontsize=6)
+    axes.set(ylabel="trace of the Hessian", title="Bits per matrix, most sensitive first")
+    axes.set_yscale("log")
+    axes.legend()
+    return figure
+
+
+def _save(figure: Figure, path: Path) -> None:
+    figure.tight_layout()
+    with files.atomic_path(path) as partial:
+        figure.savefig(partial, format="png", dpi=130)
+    plt.close(figure)
