@@ -1,9 +1,9 @@
 """SentencePiece tokenizers: opening, training, text <-> tokens.
 
 Tokenizers trained here keep text as it is (no normalisation, no dropped spaces, bytes for what
-has no piece), so that every Unicode text can be encoded and decoded exactly. The contest's
-tokenizer folds text first (NFKC, runs of spaces) and has an unknown piece: what it encodes is
-exact for the folded text only.
+has no piece; one space goes before each document and is taken off again), so that every Unicode
+text can be encoded and decoded exactly. The contest's tokenizer folds text first (NFKC, runs of
+spaces) and has an unknown piece: what it encodes is exact for the folded text only.
 """
 
 import io
@@ -76,10 +76,16 @@ class Tokenizer:
         return self.encode_documents([text])[0]
 
     def decode(self, ids: Iterable[int]) -> str:
-        """The text of `ids`. Control pieces give nothing; broken UTF-8 gives U+FFFD."""
+        """The text of `ids`. Control pieces give nothing; broken UTF-8 gives U+FFFD.
+
+        A space right after a control piece is the tokenizer's own prefix and left out.
+        """
         data = bytearray()
+        at_start = False
         for token in ids:
-            data += self._surfaces[token]
+            surface = self._surfaces[token]
+            data += surface.removeprefix(b" ") if at_start else surface
+            at_start = self.model.is_control(token)
         return data.decode(errors="replace")
 
     def _encode(self, texts: list[str], threads: int) -> list[list[int]]:
@@ -146,7 +152,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> bytes:
             byte_fallback=True,
             normalization_rule_name="identity",
             remove_extra_whitespaces=False,
-            add_dummy_prefix=False,
+            add_dummy_prefix=True,
             max_sentence_length=1 << 16,
             pad_id=0,
             bos_id=1,
