@@ -92,13 +92,14 @@ class Tokenizer:
         # A space mark in the text itself would be taken for a space. It goes through as a
         # character without a piece, whose byte pieces are then exchanged for the mark's own.
         if not self._mark_bytes or not any(SPACE_MARK in text for text in texts):
-            return self.model.encode(texts, add_bos=True, num_threads=threads)
+            utf8 = [text.encode() for text in texts]
+            return self.model.encode(utf8, add_bos=True, num_threads=threads)
         return [self._encode_marked(text) for text in texts]
 
     def _encode_marked(self, text: str) -> list[int]:
         present = set(text)
         stand_in = next(chr(code) for code in _PRIVATE_USE if chr(code) not in present)
-        ids = self.model.encode(text.replace(SPACE_MARK, stand_in), add_bos=True)
+        ids = self.model.encode(text.replace(SPACE_MARK, stand_in).encode(), add_bos=True)
         wanted = self._byte_ids(stand_in)
         out: list[int] = []
         for token in ids:

@@ -77,7 +77,7 @@ def test_windows_fit_and_repeat(counts: list[int], seq_len: int, sequences: int,
         assert a_S2.shape == (sequences, 2)
         assert a_S2.tolist() == b_S2.tolist()
         for shard, first in a_S2.tolist():
-            assert 0 <= first
+            assert first >= 0
             assert first + seq_len + 1 <= counts[shard]
 
 
@@ -93,7 +93,7 @@ def test_ranks_partition_the_plan(seed: int, steps: int, world_size: int) -> Non
     plan = Plan([5000] * 10, 16, 48, DataConfig(), seed)
     for _ in range(steps):
         windows_S2 = plan.next_batch()
-        together = [None] * 48
+        together: list[object] = [None] * 48
         for rank in range(world_size):
             share = rank_share(windows_S2, rank, world_size)
             assert share.shape == (8 // world_size, 6, 2)
@@ -149,7 +149,7 @@ def test_small_shards_get_their_chance() -> None:
     [(0, 8, 0.9), (450, 22, 0.8), (900, 36, 0.7), (1800, 64, 0.5), (5000, 64, 0.5)],
 )
 def test_mixing_widens(step: int, width: int, exponent: float) -> None:
-    """Mixing goes from 8 shards and exponent 0.9 to 64 and 0.5 over 1800 steps, in a straight line."""
+    """Mixing goes from 8 shards and exponent 0.9 to 64 and 0.5 in 1800 even steps."""
     plan = Plan([1000] * 100, 9, 384, DataConfig(), 0)
     plan.step = step
     assert plan.mixing() == (width, pytest.approx(exponent, abs=1e-12))

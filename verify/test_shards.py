@@ -49,7 +49,7 @@ DAMAGE: dict[str, tuple[Callable[[], bytes], str]] = {
     "half a header": (lambda: shard_bytes([1])[:1000], "truncated"),
     "empty file": (lambda: b"", "truncated"),
     "negative count": (
-        lambda: struct.pack("<3i", 20240520, 1, -3) + bytes(1012 - 6 + 6),
+        lambda: struct.pack("<3i", 20240520, 1, -3) + bytes(1012),
         "padded",
     ),
     "no tokens": (lambda: shard_bytes([]), "no tokens"),
@@ -60,7 +60,7 @@ DAMAGE: dict[str, tuple[Callable[[], bytes], str]] = {
 
 @pytest.mark.parametrize("damage", DAMAGE)
 def test_damage_is_refused(damage: str, tmp_path: Path) -> None:
-    """A shard with wrong magic, version, length or token ids is refused with the reason and cure."""
+    """A shard with wrong magic, version, length or token ids is refused, with a cure."""
     make, reason = DAMAGE[damage]
     path = tmp_path / "bad_train_000000.bin"
     path.write_bytes(make())
