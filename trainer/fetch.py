@@ -164,7 +164,8 @@ def _listing() -> list[RemoteFile]:
             if isinstance(item, huggingface_hub.hf_api.RepoFile)
         ]
 
-    return sorted(_retried(list_tree, "list the files"), key=lambda remote: remote.path)
+    # One attempt: the hub's client already tries listings again by itself.
+    return sorted(_retried(list_tree, "list the files", attempts=1), key=lambda remote: remote.path)
 
 
 def _wanted(remote: list[RemoteFile], train_shards: int | None) -> list[RemoteFile]:
@@ -220,18 +221,18 @@ def _partial_folder(out: Path) -> Path:
     return out / ".download"
 
 
-def _retried(action: Callable[[], T], what: str) -> T:
+def _retried(action: Callable[[], T], what: str, attempts: int = ATTEMPTS) -> T:
     """`action()`, tried again with growing waits while the network fails."""
-    for attempt in range(1, ATTEMPTS + 1):
+    for attempt in range(1, attempts + 1):
         try:
             return action()
         except RepositoryNotFoundError as error:
             raise DataError(f"{REPO} is not on {_endpoint()}, or is not public") from error
         except (OSError, HTTP_ERROR) as error:
             _give_up_if_final(error, what)
-            if attempt == ATTEMPTS:
+            if attempt == attempts:
                 raise DataError(
-                    f"cannot {what} from {_endpoint()} after {ATTEMPTS} attempts: {error}. Check "
+                    f"cannot {what} from {_endpoint()} (tried {attempts} x): {error}. Check "
                     "the network connection and run the command again; finished files are kept."
                 ) from error
             wait_s = FIRST_WAIT_S * 2 ** (attempt - 1)

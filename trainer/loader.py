@@ -198,8 +198,6 @@ class Loader:
 def make_loader(
     data: DataFolder, config: RunConfig, ranks: "Ranks", *, step_scale: float
 ) -> Loader:
-    data: DataFolder, config: RunConfig, ranks: "Ranks", *, step_scale: float
-) -> Loader:
     """The loader of this rank for a run's settings. Raises ConfigError, DataError."""
     shards = data.train()
     plan = Plan(

@@ -19,6 +19,7 @@ from typing import BinaryIO, TextIO
 
 import numpy as np
 import zstandard
+from typing_extensions import Buffer
 
 from trainer import files
 from trainer.errors import ConfigError, DataError
@@ -29,6 +30,7 @@ from trainer.tokenizer import Tokenizer, train_tokenizer
 PIECE_CHARS = 1 << 20
 GROUP_CHARS = 1 << 21
 TOKENIZER_TRAINING_CHARS = 10_000_000
+READ_BYTES = 1 << 17
 ZSTD_MAGIC = b"\x28\xb5\x2f\xfd"
 
 Advance = Callable[[int], None]
@@ -202,9 +204,44 @@ def write_shards(
 def _open_text(raw: BinaryIO) -> TextIO:
     compressed = raw.read(len(ZSTD_MAGIC)) == ZSTD_MAGIC
     raw.seek(0)
-    stream = zstandard.ZstdDecompressor().stream_reader(raw) if compressed else raw
+    stream = io.BufferedReader(_ZstdFrames(raw)) if compressed else raw
     # Only \n ends a line, and nothing is translated: the text's own bytes count.
     return io.TextIOWrapper(stream, encoding="utf-8-sig", newline="\n")
+
+
+class _ZstdFrames(io.RawIOBase):
+    """Decompressed bytes of the frames in a file; unlike zstandard's own reader it notices a
+    file that ends inside a frame.
+    """
+
+    def __init__(self, raw: BinaryIO) -> None:
+        self.raw = raw
+        self.frame = zstandard.ZstdDecompressor().decompressobj()
+        self.inside = False
+        self.ready = memoryview(b"")
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Buffer, /) -> int:
+        """Fill `buffer`; 0 at the end. Raises zstandard.ZstdError."""
+        while not self.ready:
+            packed = self.frame.unused_data if self.frame.eof else b""
+            if self.frame.eof:
+                self.frame = zstandard.ZstdDecompressor().decompressobj()
+                self.inside = False
+            packed = packed or self.raw.read(READ_BYTES)
+            if not packed:
+                if self.inside:
+                    raise zstandard.ZstdError("it ends before its data does")
+                return 0
+            self.inside = True
+            self.ready = memoryview(self.frame.decompress(packed))
+        target = memoryview(buffer)
+        count = min(len(target), len(self.ready))
+        target[:count] = self.ready[:count]
+        self.ready = self.ready[count:]
+        return count
 
 
 def _counted(lines: Iterable[str], raw: BinaryIO, on_read: Advance) -> Iterator[str]:
