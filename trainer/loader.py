@@ -12,7 +12,7 @@ import threading
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,9 +21,7 @@ from torch import Tensor
 from trainer.config import MICRO_BATCHES, RunConfig
 from trainer.corpus import DataFolder
 from trainer.plan import Plan, check_divisible, rank_share
-
-if TYPE_CHECKING:
-    from trainer.ranks import Ranks
+from trainer.ranks import Ranks
 
 STOP_POLL_S = 0.1
 
@@ -195,9 +193,7 @@ class Loader:
         return _Batch(tokens_2BT, batch.state_after, uploaded)
 
 
-def make_loader(
-    data: DataFolder, config: RunConfig, ranks: "Ranks", *, step_scale: float
-) -> Loader:
+def make_loader(data: DataFolder, config: RunConfig, ranks: Ranks, *, step_scale: float) -> Loader:
     """The loader of this rank for a run's settings. Raises ConfigError, DataError."""
     shards = data.train()
     plan = Plan(

@@ -15,11 +15,10 @@ import os
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import BinaryIO, TextIO
+from typing import Any, BinaryIO, TextIO
 
 import numpy as np
 import zstandard
-from typing_extensions import Buffer
 
 from trainer import files
 from trainer.errors import ConfigError, DataError
@@ -223,8 +222,8 @@ class _ZstdFrames(io.RawIOBase):
     def readable(self) -> bool:
         return True
 
-    def readinto(self, buffer: Buffer, /) -> int:
-        """Fill `buffer`; 0 at the end. Raises zstandard.ZstdError."""
+    def readinto(self, buffer: Any, /) -> int:
+        """Fill `buffer` (writable bytes); 0 at the end. Raises zstandard.ZstdError."""
         while not self.ready:
             packed = self.frame.unused_data if self.frame.eof else b""
             if self.frame.eof:
