@@ -1,6 +1,6 @@
 """`python -m trainer.fetch`: a folder of shards and a tokenizer, downloaded or made from text.
 
-Without options it brings the contest's data: every FineWeb shard (103 of 200 MB) and the
+Without options it brings the contest's data into data/: every FineWeb shard (200 MB each) and the
 tokenizer, each checked against its published SHA-256. A dropped connection goes on where it
 stopped; a stopped command, run again, keeps every finished shard.
 
@@ -49,7 +49,7 @@ HTTP_ERROR: type[Exception] = HfHubHTTPError.__bases__[0]
 class Fetch:
     """Where data comes from and where it goes."""
 
-    out: Path
+    out: Path = Path("data")
     """Folder for shards, tokenizer and manifest.json."""
     train_shards: int | None = None
     """Training shards to download; none: all."""
