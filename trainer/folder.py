@@ -35,6 +35,7 @@ class RunFolder:
         self.model = path / "model.safetensors"
         self.calibration = path / "calibration.safetensors"
         self.hessians = path / "hessians.safetensors"
+        self.quantized = path / "quantized.fwy"
         self.artifact = path / "artifact.fwy"
         self.report = path / "report.md"
         self.plots = path / "plots"

@@ -101,5 +101,9 @@ class _Lines:
         self.printed = now
         elapsed_s = now - self.started
         eta_s = elapsed_s * (self.total - self.done) / self.done if self.done else float("nan")
-        state = f"done in {elapsed_s:.1f} s" if finished else f"{elapsed_s:.0f} s, eta {eta_s:.0f} s"
-        print(f"{self.label}: {self.done:.0f}/{self.total:.0f} ({state}) {note}".rstrip(), flush=True)
+        state = (
+            f"done in {elapsed_s:.1f} s" if finished else f"{elapsed_s:.0f} s, eta {eta_s:.0f} s"
+        )
+        print(
+            f"{self.label}: {self.done:.0f}/{self.total:.0f} ({state}) {note}".rstrip(), flush=True
+        )

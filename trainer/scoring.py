@@ -89,12 +89,13 @@ def score(
     nats = torch.zeros(len(tokens_N) - 1, dtype=torch.float64)
     text_bytes = 0
     windows = plan_windows(len(tokens_N) - 1, model.config.seq_len, config.stride)
-    with progress(label, len(windows)) as advance:
+    batches = -(-len(windows) // config.batch_windows)
+    with progress(label, batches) as advance:
         for batch in scored_batches(model, tokens_N, windows, config, slot):
             losses = F.cross_entropy(batch.logits_SV, batch.targets_S, reduction="none")
             nats[torch.from_numpy(batch.target_indices)] = losses.double().cpu()
             text_bytes += int(sizes.count(batch.targets_S, batch.previous_S).sum())
-            advance(config.batch_windows * _world_size())
+            advance(_world_size())
     nats, text_bytes = _sum_over_ranks(nats, text_bytes, model.qo_bank.device)
     mean = nats.mean().item()
     return Score(

@@ -1,0 +1,171 @@
+"""GPTQ: rounding column by column, each column's error made up for by the ones after it.
+
+Source: Frantar et al. 2022 (arXiv 2210.17323), with columns by descending Hessian diagonal and a
+row clip chosen by the Hessian-weighted error, which is what GPTQ minimises.
+
+Letters: N matrices of one shape, S clip percentiles, R rows, C columns.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from trainer.errors import RunError
+from trainer.progress import log
+
+MAX_DAMPING_TRIES = 6
+
+
+@dataclass(frozen=True)
+class Rounded:
+    """Codes and scales of N matrices; w is about codes * scales."""
+
+    codes_NRC: Tensor
+    """int8, -top..top with top = 2^(bits-1) - 1."""
+    scales_NR: Tensor
+    """float16, one a row."""
+    errors_N: Tensor
+    """float32: tr((W-Q) H (W-Q)^T)."""
+
+
+def top_code(bits: int) -> int:
+    """Largest code of a symmetric grid: 15 for int5, 31 for int6, 127 for int8."""
+    return 2 ** (bits - 1) - 1
+
+
+def row_scales(w_NRC: Tensor, bits: int, percentile: float) -> Tensor:
+    """float16 [N, R]: the row's |w| at `percentile`, spread over the codes."""
+    clip_NR = torch.stack([torch.quantile(w.abs(), percentile, dim=-1) for w in w_NRC])
+    return (clip_NR / top_code(bits)).to(torch.float16)
+
+
+def round_to_nearest(w_NRC: Tensor, scales_NR: Tensor, bits: int) -> Tensor:
+    """Nearest codes, int8 [N, R, C]; a row of scale 0 is all zeros."""
+    return _codes(w_NRC, _usable(scales_NR).unsqueeze(-1), bits).to(torch.int8)
+
+
+def weighted_error(w_NRC: Tensor, codes: Tensor, scales: Tensor, h_NCC: Tensor) -> Tensor:
+    """tr((W-Q) H (W-Q)^T) of every matrix, float32 [N]."""
+    difference = w_NRC - codes.float() * scales.float().unsqueeze(-1)
+    return ((difference @ h_NCC) * difference).sum(dim=(-2, -1))
+
+
+def gptq(
+    w_NRC: Tensor,
+    h_NCC: Tensor,
+    bits: int,
+    *,
+    clip_percentiles: Sequence[float],
+    damping: float,
+    block_columns: int,
+) -> Rounded:
+    """Quantize N matrices of one shape together, trying every clip percentile.
+
+    Plain rounding with the same scales stands among the candidates, so the result is never
+    worse than it, however ill-conditioned H is.
+
+    Args:
+        w_NRC: weights, float32.
+        h_NCC: Hessians, float32, positive semi-definite.
+        bits: 5 or 6 in the record.
+        clip_percentiles: row clips to try, as fractions.
+        damping: share of the mean diagonal added to the diagonal.
+        block_columns: columns between updates of the rest.
+
+    Raises:
+        RunError: a Hessian is not finite, or cannot be factored at any sensible damping.
+    """
+    if not torch.isfinite(h_NCC).all():
+        raise RunError("a calibration Hessian is not finite; the model produced NaN or infinity")
+    order_NC = h_NCC.diagonal(dim1=-2, dim2=-1).argsort(dim=-1, descending=True, stable=True)
+    factor_NCC = _inverse_factor(_permuted(h_NCC, order_NC), damping)
+    columns = order_NC.unsqueeze(1).expand_as(w_NRC)
+    sorted_NRC = w_NRC.gather(-1, columns)
+    best: Rounded | None = None
+    for percentile in clip_percentiles:
+        scales = row_scales(w_NRC, bits, percentile)
+        solved = _solve(sorted_NRC, factor_NCC, scales, bits, block_columns)
+        unsorted = torch.empty_like(solved).scatter_(-1, columns, solved)
+        for codes in (unsorted, round_to_nearest(w_NRC, scales, bits)):
+            found = Rounded(codes, scales, weighted_error(w_NRC, codes, scales, h_NCC))
+            best = found if best is None else _better(best, found)
+    assert best is not None, "no clip percentile was given"
+    return best
+
+
+def _usable(scales: Tensor) -> Tensor:
+    """Scales as float32 with 0 replaced by infinity, so that dividing gives code 0."""
+    return torch.where(scales > 0, scales.float(), torch.inf)
+
+
+def _codes(w: Tensor, scales: Tensor, bits: int) -> Tensor:
+    top = top_code(bits)
+    return torch.round(w / scales).clamp_(-top, top)
+
+
+def _better(a: Rounded, b: Rounded) -> Rounded:
+    """Matrix by matrix the one with the smaller error; `a` on a tie."""
+    take_b = b.errors_N < a.errors_N
+    return Rounded(
+        torch.where(take_b[:, None, None], b.codes_NRC, a.codes_NRC),
+        torch.where(take_b[:, None], b.scales_NR, a.scales_NR),
+        torch.where(take_b, b.errors_N, a.errors_N),
+    )
+
+
+def _permuted(h_NCC: Tensor, order_NC: Tensor) -> Tensor:
+    """Rows and columns of every Hessian in the given order."""
+    rows = h_NCC.gather(-2, order_NC.unsqueeze(-1).expand_as(h_NCC))
+    return rows.gather(-1, order_NC.unsqueeze(-2).expand_as(h_NCC))
+
+
+def _inverse_factor(h_NCC: Tensor, damping: float) -> Tensor:
+    """Upper Cholesky factor U of the damped inverse, H^-1 = U^T U; float32.
+
+    Dead columns (zero diagonal) are found before damping and cut loose: they get a unit diagonal
+    and no neighbours, so they are rounded plainly and disturb nothing. Factored in float64.
+    """
+    h = h_NCC.double()
+    diagonal = h.diagonal(dim1=-2, dim2=-1)
+    dead_NC = diagonal <= 0
+    loose = dead_NC.unsqueeze(-1) | dead_NC.unsqueeze(-2)
+    damp_N1 = damping * diagonal.mean(dim=-1, keepdim=True)
+    identity = torch.eye(h.shape[-1], dtype=h.dtype, device=h.device)
+    h = torch.where(loose, dead_NC.double().diag_embed(), h)
+    for attempt in range(MAX_DAMPING_TRIES):
+        damped = h + (damp_N1 * 10**attempt).unsqueeze(-1) * identity
+        lower, failed_N = torch.linalg.cholesky_ex(damped)
+        if not failed_N.any():
+            inverse = torch.cholesky_inverse(lower)
+            return torch.linalg.cholesky(inverse, upper=True).float()
+        log(
+            f"GPTQ: {int((failed_N > 0).sum())} Hessians could not be factored with damping "
+            f"{damping * 10**attempt:g}; trying ten times as much for their group"
+        )
+    raise RunError(
+        f"calibration Hessians cannot be factored even with {MAX_DAMPING_TRIES} tenfold dampings; "
+        "raise --quant.damping or calibrate with more sequences"
+    )
+
+
+def _solve(
+    w_NRC: Tensor, u_NCC: Tensor, scales_NR: Tensor, bits: int, block_columns: int
+) -> Tensor:
+    """GPTQ's sweep over the columns as given; int8 codes [N, R, C]."""
+    w = w_NRC.clone()
+    codes = torch.empty(w.shape, dtype=torch.int8, device=w.device)
+    usable, real = _usable(scales_NR), scales_NR.float()
+    columns = w.shape[-1]
+    for start in range(0, columns, block_columns):
+        stop = min(start + block_columns, columns)
+        errors = torch.zeros_like(w[..., start:stop])
+        for j in range(start, stop):
+            code = _codes(w[..., j], usable, bits)
+            codes[..., j] = code.to(torch.int8)
+            error = (w[..., j] - code * real) / u_NCC[:, j, j].unsqueeze(-1)
+            errors[..., j - start] = error
+            w[..., j:stop] -= error.unsqueeze(-1) * u_NCC[:, j, j:stop].unsqueeze(-2)
+        w[..., stop:] -= errors @ u_NCC[:, start:stop, stop:]
+    return codes

@@ -1,0 +1,124 @@
+"""A trained model to integer codes and back.
+
+The matrices of the banks go through GPTQ in int5 or int6; embedding tables of more than 65,536
+entries get int8 rows; everything smaller is kept in float16.
+
+Letters: N matrices of one shape, R rows, C columns, L layers.
+"""
+
+from collections import defaultdict
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from trainer.config import ModelConfig, QuantConfig
+from trainer.gptq import gptq, round_to_nearest, top_code
+from trainer.model import GPT
+from trainer.progress import progress
+
+TABLE_ENTRIES = 65_536
+"""Tensors with more entries than this are int8 tables; others are float16."""
+
+BANKS = ("qo_bank", "kv_bank", "mlp_up_bank", "mlp_down_bank")
+
+
+@dataclass(frozen=True)
+class QuantizedMatrix:
+    """Integer codes and one float16 scale a row."""
+
+    codes_RC: Tensor
+    scales_R: Tensor
+    bits: int
+
+    def decoded(self) -> Tensor:
+        """Weights [R, C], float32."""
+        return self.codes_RC.float() * self.scales_R.float().unsqueeze(-1)
+
+
+@dataclass(frozen=True)
+class QuantizedModel:
+    """Everything an artifact holds; tensors lie on the CPU."""
+
+    model_config: ModelConfig
+    matrices: dict[str, QuantizedMatrix]
+    """By name of `GPT.matrices`."""
+    tables: dict[str, QuantizedMatrix] = field(default_factory=dict)
+    """int8 embedding tables by state_dict name."""
+    others: dict[str, Tensor] = field(default_factory=dict)
+    """float16 by state_dict name."""
+
+
+def quantize_matrices(
+    matrices: dict[str, Tensor],
+    hessians: dict[str, Tensor],
+    bits: dict[str, int],
+    config: QuantConfig,
+) -> tuple[dict[str, QuantizedMatrix], dict[str, float]]:
+    """GPTQ of every matrix, equal shapes together, where the weights are (a GPU if there).
+
+    Returns:
+        Quantized matrices (on the CPU) and their Hessian-weighted errors, by name.
+
+    Raises:
+        RunError: a Hessian cannot be used.
+    """
+    groups: dict[tuple[torch.Size, int], list[str]] = defaultdict(list)
+    for name, w in matrices.items():
+        groups[w.shape, bits[name]].append(name)
+    results: dict[str, QuantizedMatrix] = {}
+    errors: dict[str, float] = {}
+    with progress("GPTQ", len(matrices)) as advance:
+        for (_, width), names in groups.items():
+            rounded = gptq(
+                torch.stack([matrices[n] for n in names]).float(),
+                torch.stack([hessians[n] for n in names]).float(),
+                width,
+                clip_percentiles=config.clip_percentiles,
+                damping=config.damping,
+                block_columns=config.block_columns,
+            )
+            codes, scales = rounded.codes_NRC.cpu(), rounded.scales_NR.cpu()
+            for i, name in enumerate(names):
+                results[name] = QuantizedMatrix(codes[i], scales[i], width)
+                errors[name] = rounded.errors_N[i].item()
+            advance(len(names))
+    return {name: results[name] for name in matrices}, errors
+
+
+def quantize_table(w_RC: Tensor) -> QuantizedMatrix:
+    """int8 rows of an embedding table, the scale being the row's largest entry / 127."""
+    scales = (w_RC.abs().amax(dim=-1) / top_code(8)).to(torch.float16)
+    codes = round_to_nearest(w_RC.unsqueeze(0), scales.unsqueeze(0), 8)[0]
+    return QuantizedMatrix(codes.cpu(), scales.cpu(), 8)
+
+
+def with_matrices(model: GPT, matrices: dict[str, QuantizedMatrix]) -> QuantizedModel:
+    """A quantized model: `matrices`, and the rest of `model` as tables and float16."""
+    tables: dict[str, QuantizedMatrix] = {}
+    others: dict[str, Tensor] = {}
+    for name, tensor in model.state_dict().items():
+        if name in BANKS:
+            continue
+        if tensor.numel() > TABLE_ENTRIES:
+            tables[name] = quantize_table(tensor.float())
+        else:
+            others[name] = tensor.to(torch.float16).cpu()
+    return QuantizedModel(model.config, matrices, tables, others)
+
+
+def dequantize(packed: QuantizedModel) -> dict[str, Tensor]:
+    """float32 state_dict of a GPT with `packed.model_config`."""
+    state = {name: t.float() for name, t in packed.others.items()}
+    state.update({name: t.decoded() for name, t in packed.tables.items()})
+    layers = range(packed.model_config.layers)
+
+    def stack(*kinds: str) -> Tensor:
+        names = (f"blocks.{i}.{kind}" for kind in kinds for i in layers)
+        return torch.stack([packed.matrices[name].decoded() for name in names])
+
+    state["qo_bank"] = stack("q", "out")
+    state["kv_bank"] = stack("k", "v")
+    state["mlp_up_bank"] = stack("up")
+    state["mlp_down_bank"] = stack("down")
+    return state

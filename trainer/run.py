@@ -1,0 +1,154 @@
+"""The record as a list of stages. A finished stage is read back, not redone."""
+
+from typing import Any
+
+import torch
+
+from kernels.mlp import require_backend
+from trainer import artifact, calibrate, checkpoint, corpus, quantize
+from trainer.compress import quantize_run, write_artifact
+from trainer.config import RunConfig, SlotMode
+from trainer.errors import ConfigError
+from trainer.folder import RunFolder
+from trainer.model import GPT
+from trainer.progress import is_main_process, log
+from trainer.ranks import Ranks
+from trainer.report import write_report
+from trainer.scoring import full_windows, score
+from trainer.tokens import token_bytes
+from trainer.train import train
+
+DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+
+
+def preflight(config: RunConfig) -> None:
+    """Fail before any work when a chosen piece is missing here.
+
+    Raises:
+        ConfigError: no CUDA, an MLP backend that cannot load, or settings that do not fit.
+    """
+    if config.device == "cuda" and not torch.cuda.is_available():
+        raise ConfigError(
+            "device cuda was asked for, but torch finds no CUDA GPU. "
+            "Run `python -m trainer smoke` for the CPU preset."
+        )
+    if config.device == "cpu" and config.attention == "cudnn":
+        raise ConfigError("attention cudnn needs --device cuda; on a CPU use --attention sdpa")
+    if config.train.sequences_per_step % 8:
+        raise ConfigError(
+            f"train.sequences-per-step {config.train.sequences_per_step} must be a multiple of 8"
+        )
+    try:
+        require_backend(config.mlp, config.device)
+    except (RuntimeError, ValueError) as error:
+        raise ConfigError(f"--mlp {config.mlp} cannot run here: {error}") from error
+
+
+def new_model(config: RunConfig, device: torch.device) -> GPT:
+    """The model of a run, seeded; the same weights on every device."""
+    torch.manual_seed(config.seed)
+    model = GPT(
+        config.model,
+        compute_dtype=DTYPES[config.compute_dtype],
+        mlp=config.mlp,
+        attention=config.attention,
+    )
+    return model.to(device)
+
+
+def run(config: RunConfig, folder: RunFolder, ranks: Ranks) -> None:
+    """Run every unfinished stage of `folder`, then write its report.
+
+    Raises:
+        FairwayError: anything a user can mend.
+        trainer.train.Interrupted: a signal stopped training after a checkpoint.
+    """
+    _Run(config, folder, ranks).stages()
+
+
+class _Run:
+    """One run: what its stages share."""
+
+    def __init__(self, config: RunConfig, folder: RunFolder, ranks: Ranks) -> None:
+        self.config, self.folder, self.ranks = config, folder, ranks
+        self.data = corpus.open_data(config.data.dir, config.model.vocab_size)
+        self.val_N = self.data.val(config.model.seq_len, config.eval.max_tokens)
+        sizes = token_bytes(self.data.tokenizer, config.model.vocab_size)
+        self.sizes = sizes.to(ranks.device)
+        self.model = new_model(config, ranks.device)
+
+    def stages(self) -> None:
+        stage = self.folder.stage
+        stage("data", self.data.describe)
+        if self.folder.finished("train"):
+            self._load_averaged()
+        stage("train", self._train)
+        self.model.requires_grad_(False)
+        stage("post_ema", self._full_window_score)
+        stage("calibrate", self._calibrate)
+        stage("hessians", self._hessians)
+        stage("quantize", self._quantize)
+        stage("artifact", self._artifact)
+        self.ranks.wait_for_all()  # rank 0 alone wrote the artifact
+        self.model.load_state_dict(quantize.dequantize(artifact.load(self.folder.artifact)))
+        stage("round_trip", self._full_window_score)
+        stage("sliding", lambda: self._sliding_score("off"))
+        for mode in self.config.eval.slot_modes:
+            stage(f"slot_{mode}", lambda mode=mode: self._sliding_score(mode))
+        if is_main_process():
+            write_report(self.folder, self.config)
+            log(f"\n{self.folder.report.read_text()}\nReport: {self.folder.report}")
+
+    def _train(self) -> dict[str, Any]:
+        summary = train(self.config, self.model, self.data, self.ranks, self.folder)
+        summary["parameters"] = sum(p.numel() for p in self.model.parameters())
+        if is_main_process():
+            checkpoint.save_tensors(self.folder.model, dict(self.model.state_dict()), {})
+        return summary
+
+    def _load_averaged(self) -> None:
+        tensors, _ = checkpoint.load_tensors(self.folder.model)
+        self.model.load_state_dict(tensors)
+
+    def _full_window_score(self) -> dict[str, Any]:
+        """Whole windows side by side: cheap, and the same before and after quantization."""
+        whole = full_windows(self.config.eval, self.config.model.seq_len)
+        return score(self.model, self.val_N, self.sizes, whole).summary()
+
+    def _sliding_score(self, mode: SlotMode) -> dict[str, Any]:
+        return score(self.model, self.val_N, self.sizes, self.config.eval, mode).summary()
+
+    # Quantization needs no peers: rank 0 does it, the others wait for the artifact.
+
+    def _calibrate(self) -> dict[str, Any]:
+        quant = self.config.quant
+        if is_main_process():
+            ids_BT = calibrate.generate(
+                self.model,
+                quant.calibration_sequences,
+                self.config.model.seq_len,
+                quant.calibration_temperature,
+                self.config.seed,
+            )
+            checkpoint.save_tensors(self.folder.calibration, {"ids_BT": ids_BT}, {})
+        return {"sequences": quant.calibration_sequences, "source": "generated by the model"}
+
+    def _hessians(self) -> dict[str, Any]:
+        if not is_main_process():
+            return {}
+        tensors, _ = checkpoint.load_tensors(self.folder.calibration)
+        hessians = calibrate.collect_hessians(self.model, tensors["ids_BT"].to(self.ranks.device))
+        checkpoint.save_tensors(self.folder.hessians, hessians, {})
+        return {"matrices": len(hessians)}
+
+    def _quantize(self) -> dict[str, Any]:
+        """GPTQ at the chosen bits; the codes go on to the artifact stage through a file."""
+        if not is_main_process():
+            return {}
+        hessians, _ = checkpoint.load_tensors(self.folder.hessians)
+        return quantize_run(self.model, hessians, self.config, self.folder.quantized)
+
+    def _artifact(self) -> dict[str, Any]:
+        if not is_main_process():
+            return {}
+        return write_artifact(self.config, self.folder)
