@@ -16,7 +16,7 @@ class Averages:
 
     def __init__(self, model: nn.Module, config: TrainConfig) -> None:
         self.config = config
-        self.parameters = {name: p for name, p in model.named_parameters()}
+        self.parameters = dict(model.named_parameters())
         copies = [p.detach().clone() for p in self.parameters.values()]
         self.ema = copies if config.average in ("ema", "both") else []
         keep_swa = config.average in ("swa", "both")

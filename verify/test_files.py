@@ -17,9 +17,14 @@ def test_a_failed_write_leaves_the_old_file(tmp_path: Path) -> None:
     """A write that fails half-way leaves the old file and no litter."""
     path = tmp_path / "a.txt"
     files.write_text(path, "old")
-    with pytest.raises(ValueError, match="broken"), files.atomic_path(path) as partial:
-        partial.write_text("half of the n")
-        raise ValueError("broken")
+
+    def break_half_way() -> None:
+        with files.atomic_path(path) as partial:
+            partial.write_text("half of the n")
+            raise ValueError("broken")
+
+    with pytest.raises(ValueError, match="broken"):
+        break_half_way()
     assert path.read_text() == "old"
     assert os.listdir(tmp_path) == ["a.txt"]  # noqa: PTH208
 
