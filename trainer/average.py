@@ -2,6 +2,7 @@
 
 import torch
 from torch import Tensor, nn
+from torch.optim.swa_utils import get_ema_multi_avg_fn, get_swa_multi_avg_fn
 
 from trainer.config import TrainConfig
 from trainer.errors import RunError
@@ -29,13 +30,13 @@ class Averages:
     def update_ema(self) -> None:
         """Take in the weights after a step."""
         if self.ema:
-            torch._foreach_lerp_(self.ema, self._weights(), 1 - self.config.ema_decay)
+            get_ema_multi_avg_fn(self.config.ema_decay)(self.ema, self._weights(), 0)
 
     def take_snapshot(self) -> None:
         """Take the present weights into the SWA mean."""
         if self.swa:
+            get_swa_multi_avg_fn()(self.swa, self._weights(), self.snapshots)
             self.snapshots += 1
-            torch._foreach_lerp_(self.swa, self._weights(), 1 / self.snapshots)
 
     @torch.no_grad()
     def apply(self) -> None:

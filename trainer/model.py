@@ -86,6 +86,9 @@ class GPT(nn.Module):
         attention: implementation of attention, by name.
     """
 
+    cos: Tensor
+    sin: Tensor
+
     def __init__(
         self,
         config: ModelConfig,
@@ -96,7 +99,8 @@ class GPT(nn.Module):
     ) -> None:
         super().__init__()
         self.config, self.compute_dtype = config, compute_dtype
-        self.mlp_backend, self.attention_backend = mlp, attention
+        self.mlp_backend: MlpBackend = mlp
+        self.attention_backend: AttentionBackend = attention
         self.late_qat = "off"
         L, D, F_ = config.layers, config.width, config.mlp_width
         self.tok_emb = nn.Embedding(config.vocab_size, D)
@@ -131,6 +135,12 @@ class GPT(nn.Module):
         for name, matrix in self.matrices().items():
             if name.rsplit(".", 1)[1] in ("q", "k", "v", "up"):
                 nn.init.orthogonal_(matrix)
+
+    def block(self, i: int) -> Block:
+        """The scalars of block `i`."""
+        block = self.blocks[i]
+        assert isinstance(block, Block)
+        return block
 
     def matrices(self) -> dict[str, Tensor]:
         """The quantized matrices as views [rows, columns] of their banks, by name.
@@ -256,7 +266,7 @@ class GPT(nn.Module):
         observe: Observer | None,
     ) -> Tensor:
         """Block i: mix in x0, attend, then the MLP, each as a scaled residual."""
-        block = self.blocks[i]
+        block = self.block(i)
         dtype, damp = x.dtype, 1 / math.sqrt(i + 1)
         mix = block.resid_mix.to(dtype)
         u = mix[0] * x + mix[1] * x0
@@ -290,7 +300,7 @@ class GPT(nn.Module):
         if value_embed is not None:
             v = v + value_embed
         v = v.unflatten(-1, (c.kv_heads, c.head_size))
-        gain = self.blocks[i].attn.q_gain.to(x.dtype)[:, None]
+        gain = self.block(i).attn.q_gain.to(x.dtype)[:, None]
         q = layers.rotate(rms_norm(q), *rotary) * gain
         k = layers.rotate(rms_norm(k), *rotary)
         if cache is None:

@@ -8,6 +8,7 @@ from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import clip_grads_with_norm_
 
 from trainer.config import OptimConfig
 from trainer.errors import ConfigError
@@ -25,6 +26,7 @@ SMALL = (
 )
 SMALL_ENDINGS = (".q_gain", ".attn_scale", ".mlp_scale", ".resid_mix")
 CLIP_EPS = 1e-6
+"""As in torch.nn.utils.clip_grads_with_norm_, which clips the small parameters."""
 
 
 def group_of(name: str) -> str:
@@ -93,7 +95,8 @@ class Optimizer:
         shards = [bank.finish_reduce() for bank in self.banks]
         norm = self.communicator.total_norm(shards, small)
         clip = torch.clamp(self.config.clip_norm / (norm + CLIP_EPS), max=1.0)
-        self._step_adamw(small, clip, lr_scale)
+        clip_grads_with_norm_(self.adam_named.values(), self.config.clip_norm, norm)
+        self._step_adamw(lr_scale)
         lr = self.config.muon_lr * lr_scale
         waiting: Bank | None = None
         for bank in self.banks:
@@ -105,9 +108,7 @@ class Optimizer:
             waiting.finish_update(lr, self.config.weight_decay)
         return norm
 
-    def _step_adamw(self, grads: list[Tensor], clip: Tensor, lr_scale: float) -> None:
-        if grads:
-            torch._foreach_mul_(grads, clip)
+    def _step_adamw(self, lr_scale: float) -> None:
         for group, rate in zip(self.adamw.param_groups, self.base_rates, strict=True):
             group["lr"] = rate * lr_scale
         self.adamw.step()

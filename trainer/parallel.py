@@ -38,7 +38,8 @@ class Communicator:
         dist.all_reduce(flat)
         flat /= self.world_size
         pieces = flat.split([g.numel() for g in grads])
-        torch._foreach_copy_(grads, [p.view_as(g) for p, g in zip(pieces, grads, strict=True)])
+        for grad, piece in zip(grads, pieces, strict=True):
+            grad.copy_(piece.view_as(grad))
 
     def total_norm(self, shards: list[Tensor], small: list[Tensor]) -> Tensor:
         """Norm over all shards of all ranks and over the small gradients all ranks hold alike."""

@@ -79,7 +79,9 @@ def _bar(label: str, total: float) -> Iterator[Advance]:
         task = bar.add_task(label, total=total, note="")
 
         def advance(amount: float = 1, note: str = "") -> None:
-            bar.update(task, advance=amount, **({"note": note} if note else {}))
+            bar.advance(task, amount)
+            if note:
+                bar.update(task, note=note)
 
         yield advance
 

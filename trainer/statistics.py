@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from scipy import stats
 
@@ -46,6 +47,6 @@ def welch(new: Sequence[float], old: Sequence[float]) -> Welch:
     """
     if min(len(new), len(old)) < 2:
         raise ConfigError("a significance test needs at least two seeds on each side")
-    result = stats.ttest_ind(new, old, equal_var=False, alternative="less")
+    result: Any = stats.ttest_ind(new, old, equal_var=False, alternative="less")
     difference = sum(new) / len(new) - sum(old) / len(old)
     return Welch(float(result.statistic), float(result.df), float(result.pvalue), difference)

@@ -35,7 +35,8 @@ def random_model(
             spread = 0.3 if "embed" in name or "tok_emb" in name else 1 / fan_in**0.5
             centre = 1.0 if p.ndim <= 1 and "gate" not in name else 0.0
             p.copy_(centre + (0.3 if p.ndim <= 1 else spread) * torch.randn_like(p))
-        for block in model.blocks:
+        for i in range(config.layers):
+            block = model.block(i)
             block.resid_mix.copy_(torch.rand_like(block.resid_mix) + 0.5)
         model.skip_weights.copy_(torch.rand_like(model.skip_weights) + 0.5)
     return model.requires_grad_(False)

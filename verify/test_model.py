@@ -93,7 +93,7 @@ def test_initial_state_matches_the_record() -> None:
         check("projection orthogonality", error, rounding_budget(8 * TINY.mlp_width, FLOAT))
     assert model.bigram.scale.item() == pytest.approx(0.05)
     assert model.ve_shared.scale.item() == pytest.approx(0.1)
-    for block in model.blocks:
+    for block in map(model.block, range(TINY.layers)):
         assert torch.equal(block.attn.q_gain, torch.full_like(block.attn.q_gain, 1.5))
         assert (block.resid_mix[0] == 1).all()
         assert (block.resid_mix[1] == 0).all()
