@@ -1,0 +1,243 @@
+// Fused GEMMs of the MLP for Hopper (sm_90a), as CUTLASS 3.x epilogue visitor trees.
+//
+// DpreGemm:         dpre[M,F]            = (go[M,D] @ w_down[D,F]) * act_grad[M,F]
+// UpActivationGemm: act_grad, post[M,F]  = activation(x[M,D] @ w_up[F,D]^T)
+//
+// bfloat16 in and out, float32 accumulation, TMA loads and stores, warp-specialised main loops.
+// Tile shape, cluster, schedule and epilogue operand are template parameters: one translation
+// unit instantiates one variant.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include "cutlass/cutlass.h"
+#include "cutlass/epilogue/collective/collective_builder.hpp"
+#include "cutlass/epilogue/fusion/operations.hpp"
+#include "cutlass/gemm/collective/collective_builder.hpp"
+#include "cutlass/gemm/device/gemm_universal_adapter.h"
+#include "cutlass/gemm/kernel/gemm_universal.hpp"
+#include "cutlass/util/packed_stride.hpp"
+
+namespace fairway {
+
+using Element = cutlass::bfloat16_t;
+using RowMajor = cutlass::layout::RowMajor;
+using ColumnMajor = cutlass::layout::ColumnMajor;
+constexpr int kAlignment = 16 / sizeof(Element);  // TMA moves rows of 16-byte units
+constexpr auto kRound = cutlass::FloatRoundStyle::round_to_nearest;
+
+// Status codes of the C interface: 0, a cutlass::Status, or a cudaError_t behind this offset.
+constexpr int kCudaErrorOffset = 1000;
+
+struct Launch {
+  int device;
+  int sm_count;
+  int raster_along_m;  // 0: consecutive tiles along N
+  int max_swizzle;
+  cudaStream_t stream;
+};
+
+struct Cooperative {
+  using Mainloop = cutlass::gemm::KernelTmaWarpSpecializedCooperative;
+  using Epilogue = cutlass::epilogue::TmaWarpSpecializedCooperative;
+};
+
+struct PingPong {
+  using Mainloop = cutlass::gemm::KernelTmaWarpSpecializedPingpong;
+  using Epilogue = cutlass::epilogue::TmaWarpSpecialized;
+};
+
+// Shape of a variant. The epilogue works on the tile in pieces of EpilogueTile.
+template <class Tile_, class Cluster_, class EpilogueTile_, class Schedule_>
+struct Variant {
+  using Tile = Tile_;
+  using Cluster = Cluster_;
+  using EpilogueTile = EpilogueTile_;
+  using Schedule = Schedule_;
+};
+
+// A GEMM whose epilogue is the visitor tree `Tree`; ElementC is void when the tree loads no C.
+template <class V, class LayoutB, class ElementC, class Tree>
+struct FusedGemm {
+  using CollectiveEpilogue = typename cutlass::epilogue::collective::CollectiveBuilder<
+      cutlass::arch::Sm90, cutlass::arch::OpClassTensorOp, typename V::Tile, typename V::Cluster,
+      typename V::EpilogueTile, float, float, ElementC, RowMajor, kAlignment, Element, RowMajor,
+      kAlignment, typename V::Schedule::Epilogue, Tree>::CollectiveOp;
+  using CollectiveMainloop = typename cutlass::gemm::collective::CollectiveBuilder<
+      cutlass::arch::Sm90, cutlass::arch::OpClassTensorOp, Element, RowMajor, kAlignment, Element,
+      LayoutB, kAlignment, float, typename V::Tile, typename V::Cluster,
+      cutlass::gemm::collective::StageCountAutoCarveout<static_cast<int>(
+          sizeof(typename CollectiveEpilogue::SharedStorage))>,
+      typename V::Schedule::Mainloop>::CollectiveOp;
+  using Kernel = cutlass::gemm::kernel::GemmUniversal<cute::Shape<int, int, int>,
+                                                      CollectiveMainloop, CollectiveEpilogue>;
+  using Gemm = cutlass::gemm::device::GemmUniversalAdapter<Kernel>;
+  using StrideA = typename Kernel::StrideA;
+  using StrideB = typename Kernel::StrideB;
+  using StrideC = typename Kernel::StrideC;
+  using StrideD = typename Kernel::StrideD;
+  using TreeArguments = typename CollectiveEpilogue::FusionCallbacks::Arguments;
+
+  // Launch on `launch.stream`; no allocation, no synchronisation. c may be null if C is not read.
+  static int run(int m, int n, int k, Element const* a, Element const* b, Element const* c,
+                 Element* d, TreeArguments const& tree, Launch const& launch) {
+    if (cudaError_t error = cudaSetDevice(launch.device); error != cudaSuccess) {
+      return kCudaErrorOffset + static_cast<int>(error);
+    }
+    auto stride_a = cutlass::make_cute_packed_stride(StrideA{}, {m, k, 1});
+    auto stride_b = cutlass::make_cute_packed_stride(StrideB{}, {n, k, 1});
+    auto stride_d = cutlass::make_cute_packed_stride(StrideD{}, {m, n, 1});
+    cutlass::KernelHardwareInfo hardware;
+    hardware.device_id = launch.device;
+    hardware.sm_count = launch.sm_count;
+    typename Gemm::Arguments arguments{cutlass::gemm::GemmUniversalMode::kGemm,
+                                       {m, n, k},
+                                       {a, stride_a, b, stride_b},
+                                       {tree, nullptr, {}, d, stride_d},
+                                       hardware};
+    if constexpr (!cute::is_void_v<ElementC>) {
+      arguments.epilogue.ptr_C = c;
+      arguments.epilogue.dC = cutlass::make_cute_packed_stride(StrideC{}, {m, n, 1});
+    }
+    using Raster = typename cutlass::gemm::kernel::detail::RasterOrderOptions;
+    arguments.scheduler.raster_order =
+        launch.raster_along_m ? Raster::AlongM : Raster::AlongN;
+    arguments.scheduler.max_swizzle_size = launch.max_swizzle;
+    Gemm gemm;
+    if (Gemm::get_workspace_size(arguments) != 0) {
+      return static_cast<int>(cutlass::Status::kErrorWorkspaceNull);
+    }
+    if (auto status = gemm.can_implement(arguments); status != cutlass::Status::kSuccess) {
+      return static_cast<int>(status);
+    }
+    cudaGetLastError();  // an older error of this thread is not ours to report
+    if (auto status = gemm.initialize(arguments, nullptr, launch.stream);
+        status != cutlass::Status::kSuccess) {
+      return failure(status);
+    }
+    if (auto status = gemm.run(launch.stream); status != cutlass::Status::kSuccess) {
+      return failure(status);
+    }
+    return 0;
+  }
+
+ private:
+  // CUTLASS reports every CUDA error as "internal"; the runtime knows which one it was.
+  static int failure(cutlass::Status status) {
+    cudaError_t error = cudaGetLastError();
+    return error == cudaSuccess ? static_cast<int>(status)
+                                : kCudaErrorOffset + static_cast<int>(error);
+  }
+};
+
+namespace fusion = cutlass::epilogue::fusion;
+namespace collective = cutlass::epilogue::collective::detail;
+
+// Where the backward epilogue takes act_grad from: an auxiliary TMA load beside the main loop's,
+// or the GEMM's C operand, whose shared memory is reused for the output.
+enum class Operand { kAux, kSource };
+
+template <class V, Operand operand>
+struct DpreGemm;
+
+template <class V>
+struct DpreGemm<V, Operand::kAux> {
+  using Descriptor =
+      collective::EpilogueDescriptor<typename V::Tile, typename V::EpilogueTile, void, Element,
+                                     typename V::Schedule::Epilogue>;
+  using AuxDescriptor = collective::AuxLoadDescriptor<Descriptor, RowMajor, Element>;
+  using ActGrad =
+      fusion::Sm90AuxLoad<AuxDescriptor::Stages, typename Descriptor::EpilogueTile, Element,
+                          typename AuxDescriptor::Stride, typename AuxDescriptor::SmemLayoutAtom,
+                          typename AuxDescriptor::CopyOpS2R, kAlignment, false>;
+  using Tree = fusion::Sm90EVT<fusion::Sm90Compute<cutlass::multiplies, Element, float, kRound>,
+                               fusion::Sm90AccFetch, ActGrad>;
+  using Fused = FusedGemm<V, RowMajor, void, Tree>;
+
+  static int run(Element const* go, Element const* w_down, Element const* act_grad, Element* dpre,
+                 int m, int f, int d, Launch const& launch) {
+    auto stride = cutlass::make_cute_packed_stride(typename AuxDescriptor::Stride{}, {m, f, 1});
+    typename Fused::TreeArguments tree{{}, {act_grad, Element(0), stride}, {}};
+    return Fused::run(m, f, d, go, w_down, nullptr, dpre, tree, launch);
+  }
+};
+
+template <class V>
+struct DpreGemm<V, Operand::kSource> {
+  using Tree = fusion::Sm90EVT<fusion::Sm90Compute<cutlass::multiplies, Element, float, kRound>,
+                               fusion::Sm90AccFetch, fusion::Sm90SrcFetch<Element>>;
+  using Fused = FusedGemm<V, RowMajor, Element, Tree>;
+
+  static int run(Element const* go, Element const* w_down, Element const* act_grad, Element* dpre,
+                 int m, int f, int d, Launch const& launch) {
+    return Fused::run(m, f, d, go, w_down, act_grad, dpre, {{}, {}, {}}, launch);
+  }
+};
+
+// Derivative of LeakyReLU(0.5)(pre)^2: 2 pre for positive pre, else pre / 2.
+template <class T>
+struct ActivationGradient {
+  CUTLASS_HOST_DEVICE T operator()(T const& pre) const {
+    return pre > T(0) ? T(2) * pre : T(0.5f) * pre;
+  }
+};
+
+template <class T, int N>
+struct ActivationGradient<cutlass::Array<T, N>> {
+  CUTLASS_HOST_DEVICE cutlass::Array<T, N> operator()(cutlass::Array<T, N> const& pre) const {
+    cutlass::Array<T, N> out;
+    CUTLASS_PRAGMA_UNROLL
+    for (int i = 0; i < N; ++i) {
+      out[i] = ActivationGradient<T>{}(pre[i]);
+    }
+    return out;
+  }
+};
+
+// The activation from its derivative: 0.5 * act_grad * pre, for both signs.
+template <class T>
+struct Activation {
+  CUTLASS_HOST_DEVICE T operator()(T const& act_grad, T const& pre) const {
+    return T(0.5f) * act_grad * pre;
+  }
+};
+
+template <class T, int N>
+struct Activation<cutlass::Array<T, N>> {
+  CUTLASS_HOST_DEVICE cutlass::Array<T, N> operator()(cutlass::Array<T, N> const& act_grad,
+                                                      cutlass::Array<T, N> const& pre) const {
+    cutlass::Array<T, N> out;
+    CUTLASS_PRAGMA_UNROLL
+    for (int i = 0; i < N; ++i) {
+      out[i] = Activation<T>{}(act_grad[i], pre[i]);
+    }
+    return out;
+  }
+};
+
+template <class V>
+struct UpActivationGemm {
+  using Descriptor =
+      collective::EpilogueDescriptor<typename V::Tile, typename V::EpilogueTile, void, Element,
+                                     typename V::Schedule::Epilogue>;
+  using AuxDescriptor = collective::AuxStoreDescriptor<Descriptor, RowMajor, Element>;
+  using StoreActGrad =
+      fusion::Sm90AuxStore<AuxDescriptor::Stages, typename Descriptor::EpilogueTile, Element,
+                           kRound, typename AuxDescriptor::Stride,
+                           typename AuxDescriptor::SmemLayoutAtom,
+                           typename AuxDescriptor::CopyOpR2S, kAlignment, false>;
+  using ActGrad = fusion::Sm90EVT<fusion::Sm90Compute<ActivationGradient, float, float, kRound>,
+                                  fusion::Sm90AccFetch>;
+  using Tree = fusion::Sm90EVT<fusion::Sm90Compute<Activation, Element, float, kRound>,
+                               fusion::Sm90EVT<StoreActGrad, ActGrad>, fusion::Sm90AccFetch>;
+  using Fused = FusedGemm<V, ColumnMajor, void, Tree>;
+
+  static int run(Element const* x, Element const* w_up, Element* act_grad, Element* post, int m,
+                 int f, int d, Launch const& launch) {
+    auto stride = cutlass::make_cute_packed_stride(typename AuxDescriptor::Stride{}, {m, f, 1});
+    typename Fused::TreeArguments tree{{{{}, {}}, {act_grad, stride}}, {}, {}};
+    return Fused::run(m, f, d, x, w_up, nullptr, post, tree, launch);
+  }
+};
+
+}  // namespace fairway

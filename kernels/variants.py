@@ -1,0 +1,80 @@
+"""The CUTLASS variants that are built, as data, and which one each shape uses."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+Pair = tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Variant:
+    """Compile-time shape of one fused GEMM.
+
+    Attributes:
+        op: `dpre` (backward) or `up` (forward, two stores).
+        tile: rows, columns and depth of a threadblock's tile.
+        cluster: threadblocks that share loads by multicast, along M and N.
+        epilogue: rows and columns the epilogue handles at a time.
+        schedule: `PingPong` (two consumer groups take turns with whole tiles, so that one's
+            epilogue hides behind the other's main loop) or `Cooperative` (both share a tile).
+        operand: where `dpre` takes act_grad from: an auxiliary load, or the GEMM's C operand.
+    """
+
+    op: Literal["dpre", "up"]
+    tile: tuple[int, int, int]
+    cluster: Pair
+    epilogue: Pair
+    schedule: Literal["PingPong", "Cooperative"]
+    operand: Literal["kAux", "kSource"] = "kAux"
+
+    @property
+    def name(self) -> str:
+        """Unique name, also of the C function."""
+        shape = "x".join(map(str, self.tile))
+        cluster = "x".join(map(str, self.cluster))
+        epilogue = "x".join(map(str, self.epilogue))
+        schedule = {"PingPong": "pingpong", "Cooperative": "cooperative"}[self.schedule]
+        operand = f"_{self.operand[1:].lower()}" if self.op == "dpre" else ""
+        return f"{self.op}_{schedule}_{shape}_c{cluster}_e{epilogue}{operand}"
+
+
+_ALL = (
+    Variant("dpre", (128, 128, 64), (1, 1), (64, 32), "PingPong"),
+    Variant("dpre", (128, 128, 64), (1, 1), (64, 32), "PingPong", "kSource"),
+    Variant("dpre", (128, 128, 64), (1, 1), (64, 64), "PingPong", "kSource"),
+    Variant("dpre", (128, 128, 64), (2, 1), (64, 64), "PingPong", "kSource"),
+    Variant("dpre", (64, 256, 64), (1, 1), (64, 32), "PingPong"),
+    Variant("dpre", (64, 256, 64), (2, 1), (64, 64), "PingPong", "kSource"),
+    Variant("dpre", (128, 256, 64), (2, 1), (128, 32), "Cooperative"),
+    Variant("dpre", (128, 256, 64), (2, 1), (128, 64), "Cooperative", "kSource"),
+    Variant("up", (128, 128, 64), (1, 1), (64, 32), "PingPong"),
+    Variant("up", (128, 128, 64), (1, 1), (64, 64), "PingPong"),
+    Variant("up", (128, 128, 64), (2, 1), (64, 64), "PingPong"),
+    Variant("up", (64, 256, 64), (2, 1), (64, 64), "PingPong"),
+    Variant("up", (128, 256, 64), (2, 1), (128, 64), "Cooperative"),
+)
+
+VARIANTS: dict[str, Variant] = {variant.name: variant for variant in _ALL}
+"""Every variant by name."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A variant and its run-time choices.
+
+    Attributes:
+        variant: name in VARIANTS.
+        raster_along_m: consecutive tiles along M (they share weights) instead of along N.
+        max_swizzle: tiles are visited in bands this wide, for reuse in L2.
+    """
+
+    variant: str
+    raster_along_m: bool = False
+    max_swizzle: int = 1
+
+
+DPRE_PLAN = Plan("dpre_pingpong_128x128x64_c1x1_e64x32_aux")
+"""Fastest backward on an H100 at the record's shape; see kernels/NOTES.md."""
+
+UP_PLAN = Plan("up_pingpong_128x128x64_c1x1_e64x32")
+"""Fastest CUTLASS forward on an H100 at the record's shape; see kernels/NOTES.md."""
