@@ -123,7 +123,9 @@ def build(variants: Sequence[str] | None = None, jobs: int = 1) -> Path:
         sidecar = library.with_suffix(".json")
         if library.exists() and json.loads(sidecar.read_text())["compiler"] == version:
             return library
-        folder = CACHE / f"objects_{source_hash()}_{hashlib.sha256(version.encode()).hexdigest()[:8]}"
+        folder = (
+            CACHE / f"objects_{source_hash()}_{hashlib.sha256(version.encode()).hexdigest()[:8]}"
+        )
         folder.mkdir(exist_ok=True)
         units = {"status": (SOURCES / "status.cu").read_text()}
         units.update((name, instantiate(VARIANTS[name])) for name in names)

@@ -1,0 +1,84 @@
+"""The only timing code of the project: subjects are timed interleaved, and compared by medians.
+
+On a GPU, CUDA events bracket each call while the host runs ahead, so launch overhead stays out of
+the figures; on a CPU the clock is read around each call. Subjects take turns within a round,
+so that drifting clocks and temperatures meet all of them alike.
+"""
+
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+
+import torch
+
+Subject = Callable[[int], object]
+"""Takes the round's number, by which it may rotate its buffers."""
+
+ROUNDS_IN_FLIGHT = 4
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Milliseconds of one subject over all rounds."""
+
+    median_ms: float
+    p10_ms: float
+    p90_ms: float
+    rounds: int
+
+    @classmethod
+    def of(cls, times_ms: list[float]) -> "Timing":
+        """Summary of at least two times."""
+        deciles = statistics.quantiles(times_ms, n=10, method="inclusive")
+        return cls(statistics.median(times_ms), deciles[0], deciles[-1], len(times_ms))
+
+    def as_json(self) -> dict[str, float]:
+        """JSON-able, rounded to a nanosecond."""
+        return {key: round(value, 6) for key, value in asdict(self).items()}
+
+
+def time_interleaved(
+    subjects: dict[str, Subject], *, rounds: int, warm_up_rounds: int, device: str
+) -> dict[str, Timing]:
+    """Time all subjects in turn, `rounds` times each.
+
+    Args:
+        subjects: by name.
+        rounds: measured rounds, at least two.
+        warm_up_rounds: rounds before them that compile, allocate and warm the clocks.
+        device: "cuda" or "cpu".
+    """
+    for number in range(warm_up_rounds):
+        for subject in subjects.values():
+            subject(number)
+    measure = _cuda_rounds if device == "cuda" else _cpu_rounds
+    return {name: Timing.of(times) for name, times in measure(subjects, rounds).items()}
+
+
+def _cpu_rounds(subjects: dict[str, Subject], rounds: int) -> dict[str, list[float]]:
+    times: dict[str, list[float]] = {name: [] for name in subjects}
+    for number in range(rounds):
+        for name, subject in subjects.items():
+            started = time.perf_counter()
+            subject(number)
+            times[name].append(1000 * (time.perf_counter() - started))
+    return times
+
+
+def _cuda_rounds(subjects: dict[str, Subject], rounds: int) -> dict[str, list[float]]:
+    torch.cuda.synchronize()
+    times: dict[str, list[float]] = {name: [] for name in subjects}
+    for first in range(0, rounds, ROUNDS_IN_FLIGHT):
+        marks: list[tuple[str, torch.cuda.Event, torch.cuda.Event]] = []
+        for number in range(first, min(first + ROUNDS_IN_FLIGHT, rounds)):
+            for name, subject in subjects.items():
+                begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+                begin.record()
+                subject(number)
+                end.record()
+                marks.append((name, begin, end))
+        torch.cuda.synchronize()
+        for name, begin, end in marks:
+            times[name].append(begin.elapsed_time(end))
+    return times

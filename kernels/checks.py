@@ -1,0 +1,75 @@
+"""What every fused kernel demands of its arguments.
+
+Letters: M rows (tokens), D model width, F MLP width.
+"""
+
+from functools import cache
+
+import torch
+from torch import Tensor
+
+ROW_UNIT = 8
+"""Widths are multiples of this: TMA moves rows in units of 16 bytes."""
+
+
+def check_up_activation(x_MD: Tensor, w_up_FD: Tensor) -> None:
+    """Arguments of `up_activation`. Raises ValueError naming the first that does not fit."""
+    _check_matrices(x=x_MD, w_up=w_up_FD)
+    if x_MD.shape[1] != w_up_FD.shape[1]:
+        raise ValueError(
+            f"w_up [F, D] {tuple(w_up_FD.shape)} does not fit x [M, D] {tuple(x_MD.shape)}"
+        )
+
+
+def check_dpre(go_MD: Tensor, w_down_DF: Tensor, act_grad_MF: Tensor) -> None:
+    """Arguments of `dpre`. Raises ValueError naming the first that does not fit."""
+    _check_matrices(go=go_MD, w_down=w_down_DF, act_grad=act_grad_MF)
+    if w_down_DF.shape[0] != go_MD.shape[1]:
+        raise ValueError(
+            f"w_down [D, F] {tuple(w_down_DF.shape)} does not fit go [M, D] {tuple(go_MD.shape)}"
+        )
+    if act_grad_MF.shape != (go_MD.shape[0], w_down_DF.shape[1]):
+        raise ValueError(
+            f"act_grad {tuple(act_grad_MF.shape)} must be [M, F] = "
+            f"({go_MD.shape[0]}, {w_down_DF.shape[1]})"
+        )
+
+
+def require_hopper(tensor: Tensor) -> None:
+    """The tensor's GPU must be Hopper. Raises RuntimeError."""
+    capability = _capability(tensor.device)
+    if capability != (9, 0):
+        raise RuntimeError(
+            f"{torch.cuda.get_device_name(tensor.device)} has compute capability "
+            f"{capability[0]}.{capability[1]}; the fused kernels need 9.0 (Hopper). "
+            "Choose backend 'reference' here."
+        )
+
+
+@cache
+def _capability(device: torch.device) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(device)
+
+
+def _check_matrices(**tensors: Tensor) -> None:
+    """Type, place, rank, width, layout and alignment of each matrix."""
+    first_name, first = next(iter(tensors.items()))
+    for name, tensor in tensors.items():
+        if tensor.dtype != torch.bfloat16:
+            raise ValueError(f"{name} must be bfloat16, not {tensor.dtype}")
+        if not tensor.is_cuda:
+            raise ValueError(f"{name} must be on a CUDA device, not on {tensor.device}")
+        if tensor.device != first.device:
+            raise ValueError(f"{name} is on {tensor.device}, {first_name} on {first.device}")
+        if tensor.ndim != 2:
+            raise ValueError(f"{name} must have 2 dims, not {tensor.ndim}")
+        if tensor.numel() == 0:
+            raise ValueError(f"{name} {tuple(tensor.shape)} is empty")
+        if tensor.shape[1] % ROW_UNIT:
+            raise ValueError(
+                f"{name}: its width {tensor.shape[1]} must be a multiple of {ROW_UNIT}"
+            )
+        if not tensor.is_contiguous():
+            raise ValueError(f"{name} must be contiguous; call .contiguous() on it")
+        if tensor.data_ptr() % 16:
+            raise ValueError(f"{name} must start at a multiple of 16 bytes; call .clone() on it")
