@@ -1,0 +1,39 @@
+"""Every fused kernel once, on small ragged shapes, for compute-sanitizer.
+
+compute-sanitizer --tool memcheck  python -m verify.sanitize
+compute-sanitizer --tool racecheck python -m verify.sanitize
+"""
+
+import torch
+
+from kernels import backward_triton, cutlass, forward_triton, reference
+from kernels.tiles import BACKWARD, FORWARD
+from kernels.variants import VARIANTS, Plan
+
+SHAPES = ((1, 8, 8), (200, 72, 136), (300, 128, 520))
+"""M, D, F: a single row, and sizes that are no multiple of any tile."""
+
+
+def main() -> None:
+    """Run everything and wait for it."""
+    generator = torch.Generator("cuda").manual_seed(0)
+
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, device="cuda", generator=generator).bfloat16()
+
+    for m, d, f in SHAPES:
+        x, go, w_up, w_down = normal(m, d), normal(m, d), normal(f, d), normal(d, f)
+        act_grad, _ = reference.up_activation(x, w_up)
+        forward_triton.up_activation(x, w_up, FORWARD)
+        backward_triton.dpre(go, w_down, act_grad, BACKWARD)
+        for name, variant in VARIANTS.items():
+            if variant.op == "up":
+                cutlass.run_up_activation(x, w_up, Plan(name))
+            else:
+                cutlass.run_dpre(go, w_down, act_grad, Plan(name))
+        torch.cuda.synchronize()
+        print(f"M {m}, D {d}, F {f}: {len(VARIANTS)} CUTLASS variants and 2 Triton kernels ran")
+
+
+if __name__ == "__main__":
+    main()
