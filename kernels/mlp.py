@@ -47,7 +47,6 @@ def load_backend(name: str) -> Backend:
     if name == "cutlass":
         from kernels import cutlass, triton_ops
 
-        cutlass.library()
         return Backend(triton_ops.up_activation, cutlass.dpre)
     raise ValueError(f"unknown MLP backend {name!r}; choose one of {', '.join(BACKENDS)}")
 
@@ -62,6 +61,10 @@ def require_backend(name: str, device: str) -> None:
     if name != "reference" and device != "cuda":
         raise ValueError(f"backend {name!r} needs a CUDA device; on a CPU choose 'reference'")
     load_backend(name)
+    if name == "cutlass":
+        from kernels import cutlass
+
+        cutlass.library()
 
 
 def mlp(
