@@ -95,8 +95,15 @@ def find_headers() -> tuple[Path, Path]:
 
 
 def compiler_version(nvcc: Path) -> str:
-    """Release and build of nvcc, from its last lines of output."""
-    result = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=True)
+    """Release and build of nvcc, from its last lines of output.
+
+    Raises:
+        RuntimeError: it does not run.
+    """
+    try:
+        result = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError) as error:
+        raise RuntimeError(f"the CUDA compiler {nvcc} does not run: {error}") from error
     return " ".join(result.stdout.split()[-4:])
 
 
@@ -121,7 +128,7 @@ def build(variants: Sequence[str] | None = None, jobs: int = 1) -> Path:
     CACHE.mkdir(parents=True, exist_ok=True)
     with FileLock(CACHE / "build.lock"):
         sidecar = library.with_suffix(".json")
-        if library.exists() and json.loads(sidecar.read_text())["compiler"] == version:
+        if library.exists() and _built_with(sidecar) == version:
             return library
         folder = (
             CACHE / f"objects_{source_hash()}_{hashlib.sha256(version.encode()).hexdigest()[:8]}"
@@ -138,6 +145,14 @@ def build(variants: Sequence[str] | None = None, jobs: int = 1) -> Path:
         partial.write_text(json.dumps({"compiler": version, "variants": names}, indent=2))
         partial.replace(sidecar)
     return library
+
+
+def _built_with(sidecar: Path) -> str | None:
+    """Compiler of the library beside `sidecar`; None when an interrupted build did not say."""
+    try:
+        return json.loads(sidecar.read_text())["compiler"]
+    except (OSError, ValueError, KeyError):
+        return None
 
 
 def instantiate(variant: Variant) -> str:
@@ -210,6 +225,8 @@ def main() -> int:
         "--variant", action="append", choices=list(VARIANTS), help="build only this (repeatable)"
     )
     arguments = parser.parse_args()
+    if arguments.jobs < 1:
+        parser.error(f"--jobs must be 1 or more, not {arguments.jobs}")
     try:
         library = build(arguments.variant, arguments.jobs)
     except RuntimeError as error:
