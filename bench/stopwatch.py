@@ -49,11 +49,21 @@ def time_interleaved(
         warm_up_rounds: rounds before them that compile, allocate and warm the clocks.
         device: "cuda" or "cpu".
     """
+    times = times_interleaved(
+        subjects, rounds=rounds, warm_up_rounds=warm_up_rounds, device=device
+    )
+    return {name: Timing.of(times_ms) for name, times_ms in times.items()}
+
+
+def times_interleaved(
+    subjects: dict[str, Subject], *, rounds: int, warm_up_rounds: int, device: str
+) -> dict[str, list[float]]:
+    """Milliseconds of every subject in every round; arguments as in `time_interleaved`."""
     for number in range(warm_up_rounds):
         for subject in subjects.values():
             subject(number)
     measure = _cuda_rounds if device == "cuda" else _cpu_rounds
-    return {name: Timing.of(times) for name, times in measure(subjects, rounds).items()}
+    return measure(subjects, rounds)
 
 
 def _cpu_rounds(subjects: dict[str, Subject], rounds: int) -> dict[str, list[float]]:

@@ -1,0 +1,182 @@
+"""Cases around training: loader, whole step, calibration, GPTQ, pruning, compression, scoring.
+
+Work that takes minutes at the record's size is measured on a part: one layer's codes, 32 tokens of
+text. Each case says so.
+
+Letters: N tokens, B windows.
+"""
+
+from dataclasses import replace
+from typing import Any, cast
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from bench.measure import Case
+from bench.scale import Scale, gemm_reference, host_reference, one_layer
+from trainer import artifact, calibrate
+from trainer.allocate import PruningOrder
+from trainer.artifact import Compressor
+from trainer.average import Averages
+from trainer.config import MICRO_BATCHES, MlpBackend, SlotMode
+from trainer.gptq import round_to_nearest, row_scales
+from trainer.loader import Loader
+from trainer.model import GPT
+from trainer.optim import Optimizer
+from trainer.plan import Plan
+from trainer.quantize import QuantizedMatrix, QuantizedModel, quantize_matrices, with_matrices
+from trainer.scoring import scored_batches
+from trainer.windows import plan_windows
+
+SHARDS = 8
+CALIBRATION_TOKENS = 32
+
+
+def _on_host(subject: Any, details: Any = dict) -> Case:
+    name, reference = host_reference()
+    return Case(subject, reference, name, "cpu", details)
+
+
+def _on_device(scale: Scale, subject: Any, gemms: int, details: Any = dict) -> Case:
+    """Work that the host drives: the host's clock, until the device is done."""
+    name, gemm = gemm_reference(scale, gemms)
+
+    def finished(work: Any) -> Any:
+        def run(i: int) -> None:
+            work(i)
+            if scale.cuda:
+                torch.cuda.synchronize()
+
+        return run
+
+    return Case(finished(subject), finished(gemm), name, "cpu", details)
+
+
+def _loader(scale: Scale) -> Loader:
+    c = scale.config
+    rng = np.random.default_rng(0)
+    tokens = 4 * c.train.sequences_per_step * c.model.seq_len
+    shards = [rng.integers(0, c.model.vocab_size, tokens).astype(np.uint16) for _ in range(SHARDS)]
+    plan = Plan([tokens] * SHARDS, c.model.seq_len, c.train.sequences_per_step, c.data, 0, 1.0)
+    return Loader(shards, plan, rank=0, world_size=1, device=scale.device)
+
+
+def loader(scale: Scale) -> Case:
+    """Eight steps of micro-batches, taken as fast as they come."""
+    source = _loader(scale)
+
+    def run(i: int) -> None:
+        for _ in range(8 * MICRO_BATCHES):
+            source.next()
+
+    return _on_device(scale, run, 20) if scale.cuda else _on_host(run)
+
+
+def training_step(scale: Scale, backend: MlpBackend) -> Case:
+    """One micro-batch from the loader, forward, backward, optimizer, EMA; with the data stall."""
+    model = scale.model(backend)
+    loss: Any = torch.compile(model.loss, fullgraph=True) if scale.cuda else model.loss
+    optimizer = Optimizer(model, scale.config.optim, scale.dtype)
+    averages = Averages(model, scale.config.train)
+    source = _loader(scale)
+    steps = 0
+
+    def run(i: int) -> None:
+        nonlocal steps
+        steps += 1
+        x_BT, y_BT = source.next()
+        loss(x_BT, y_BT).backward()
+        optimizer.step(0.0, 0.95)
+        optimizer.zero_grad()
+        averages.update_ema()
+
+    def details() -> dict[str, Any]:
+        return {"data_stall_ms_per_step": round(1000 * source.stall_s / max(1, steps), 4)}
+
+    return _on_device(scale, run, 20, details)
+
+
+def calibration(scale: Scale) -> Case:
+    """32 tokens of calibration text for every sequence, through the KV cache."""
+    model = scale.model().requires_grad_(False)
+    quant = scale.config.quant
+
+    def run(i: int) -> None:
+        calibrate.generate(
+            model, quant.calibration_sequences, CALIBRATION_TOKENS, quant.calibration_temperature, i
+        )
+
+    return _on_device(scale, run, 100)
+
+
+def gptq(scale: Scale) -> Case:
+    """GPTQ of every matrix of the model, all clip percentiles."""
+    model = scale.model().requires_grad_(False)
+    hessians = {name: _hessian(w.shape[1], scale) for name, w in model.matrices().items()}
+    names = list(hessians)
+    bits = {n: 6 if i < scale.config.quant.int6_matrices else 5 for i, n in enumerate(names)}
+
+    def run(i: int) -> None:
+        quantize_matrices(model.matrices(), hessians, bits, scale.config.quant)
+
+    return _on_device(scale, run, 200)
+
+
+def _hessian(columns: int, scale: Scale) -> Tensor:
+    x = torch.randn(2 * columns, columns, device=scale.device)
+    return x.T @ x
+
+
+def _packed(scale: Scale) -> QuantizedModel:
+    """A rounded model with one layer."""
+    model: GPT = replace(scale, device=torch.device("cpu")).model(
+        shape=one_layer(scale.config.model)
+    )
+    matrices: dict[str, QuantizedMatrix] = {}
+    for name, w in model.requires_grad_(False).matrices().items():
+        scales = row_scales(w.unsqueeze(0), 5, 1.0)
+        codes = round_to_nearest(w.unsqueeze(0), scales, 5)
+        matrices[name] = QuantizedMatrix(codes[0], scales[0], 5)
+    return with_matrices(model, matrices)
+
+
+def pruning(scale: Scale) -> Case:
+    """Ordering all +-1 codes and zeroing half of them, for one layer."""
+    packed = _packed(scale)
+
+    def run(i: int) -> None:
+        order = PruningOrder(packed)
+        order.pruned(len(order) // 2)
+
+    return _on_host(run)
+
+
+def compression(scale: Scale, compressor: Compressor) -> Case:
+    """Compressed container of one layer; its size goes into the details."""
+    packed = _packed(scale)
+    size = 0
+
+    def run(i: int) -> None:
+        nonlocal size
+        size = len(artifact.pack(packed, compressor))
+
+    return _on_host(run, lambda: {"bytes": size})
+
+
+def scoring(scale: Scale, mode: SlotMode) -> Case:
+    """One batch of sliding windows (8 on a CPU), plain or with SLOT."""
+    model = scale.model().requires_grad_(False)
+    config = scale.config.eval
+    if not scale.cuda:
+        config = replace(config, batch_windows=8)
+    seq_len = scale.config.model.seq_len
+    tokens = seq_len + config.stride * config.batch_windows
+    stream_N = np.random.default_rng(0).integers(0, scale.config.model.vocab_size, tokens + 1)
+    windows = plan_windows(tokens, seq_len, config.stride)[1:]
+
+    def run(i: int) -> None:
+        for _ in scored_batches(model, cast("Any", stream_N), windows, config, mode):
+            pass
+
+    return _on_device(scale, run, 20)
