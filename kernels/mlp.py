@@ -45,9 +45,9 @@ def load_backend(name: str) -> Backend:
 
         return Backend(triton_ops.up_activation, triton_ops.dpre)
     if name == "cutlass":
-        from kernels import cutlass, triton_ops
+        from kernels import cutlass
 
-        return Backend(triton_ops.up_activation, cutlass.dpre)
+        return Backend(cutlass.up_activation, cutlass.dpre)
     raise ValueError(f"unknown MLP backend {name!r}; choose one of {', '.join(BACKENDS)}")
 
 

@@ -47,7 +47,11 @@ _ALL = (
     Variant("dpre", (64, 256, 64), (2, 1), (64, 64), "PingPong", "kSource"),
     Variant("dpre", (128, 256, 64), (2, 1), (128, 32), "Cooperative"),
     Variant("dpre", (128, 256, 64), (2, 1), (128, 64), "Cooperative", "kSource"),
+    Variant("dpre", (128, 128, 64), (1, 2), (64, 64), "PingPong", "kSource"),
     Variant("up", (128, 128, 64), (1, 1), (64, 32), "PingPong"),
+    Variant("up", (128, 128, 64), (2, 1), (64, 32), "PingPong"),
+    Variant("up", (128, 128, 64), (1, 2), (64, 32), "PingPong"),
+    Variant("up", (256, 128, 64), (1, 1), (128, 32), "Cooperative"),
     Variant("up", (128, 128, 64), (1, 1), (64, 64), "PingPong"),
     Variant("up", (128, 128, 64), (2, 1), (64, 64), "PingPong"),
     Variant("up", (64, 256, 64), (2, 1), (64, 64), "PingPong"),
@@ -73,7 +77,7 @@ class Plan:
     max_swizzle: int = 1
 
 
-DPRE_PLAN = Plan("dpre_pingpong_128x128x64_c1x1_e64x32_aux")
+DPRE_PLAN = Plan("dpre_pingpong_128x128x64_c2x1_e64x64_source")
 """Fastest backward on an H100 at the record's shape; see kernels/NOTES.md."""
 
 UP_PLAN = Plan("up_pingpong_128x128x64_c1x1_e64x32")

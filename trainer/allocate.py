@@ -122,40 +122,44 @@ class PruningOrder:
 def prune_to_fit(
     packed: QuantizedModel,
     limit_bytes: int,
-    exact: Callable[[QuantizedModel], int],
+    pack: Callable[[QuantizedModel], bytes],
     cheap: Callable[[QuantizedModel], int],
-) -> tuple[QuantizedModel, int]:
+) -> tuple[bytes, int]:
     """Zero as few +-1 codes as the limit asks for, by bisection.
 
     Args:
         packed: the quantized model.
         limit_bytes: limit on the compressed container.
-        exact: its compressed size.
-        cheap: a size that grows and shrinks with it.
+        pack: makes the container.
+        cheap: a size that grows and shrinks with the container's.
 
     Returns:
-        The model that fits, and how many codes were zeroed.
+        The container that fits, and how many codes were zeroed.
 
     Raises:
         ArtifactError: it does not fit even with every +-1 code zeroed.
     """
-    if exact(packed) <= limit_bytes:
-        return packed, 0
+    data = pack(packed)
+    if len(data) <= limit_bytes:
+        return data, 0
     order = PruningOrder(packed)
-    log(f"over {limit_bytes:,} bytes: pruning up to {len(order):,} codes")
-    sizer = Sizer(lambda n: exact(order.pruned(n)), lambda n: cheap(order.pruned(n)))
-    if sizer.exact(len(order)) > limit_bytes:
+    whole = len(order)
+    log(f"{len(data):,} bytes, over {limit_bytes:,}: pruning up to {whole:,} codes")
+    fitting = {0: pack(order.pruned(whole))}
+    if len(fitting[0]) > limit_bytes:
         raise ArtifactError(
-            f"the artifact does not fit {limit_bytes:,} bytes even with all {len(order):,} codes "
+            f"the artifact does not fit {limit_bytes:,} bytes even with all {whole:,} codes "
             "of +-1 zeroed; use fewer bits (--quant.int6-matrices, --quant.bits int5) or a "
             "smaller model"
         )
-    # Counted by the codes that are kept, the size grows; all pruned is known to fit.
-    whole = len(order)
-    kept = most_that_fits(
-        Sizer(lambda n: sizer.exact(whole - n), lambda n: sizer.cheap(whole - n)),
-        whole,
-        limit_bytes,
-        slack_bytes=limit_bytes // 2000,
-    )
-    return order.pruned(whole - max(kept, 0)), whole - max(kept, 0)
+
+    def exact(kept: int) -> int:
+        packed_bytes = pack(order.pruned(whole - kept))
+        if len(packed_bytes) <= limit_bytes:
+            fitting[kept] = packed_bytes
+        return len(packed_bytes)
+
+    # Counted by the codes that are kept, the size grows.
+    sizer = Sizer(exact, lambda kept: cheap(order.pruned(whole - kept)))
+    kept = max(0, most_that_fits(sizer, whole, limit_bytes, slack_bytes=limit_bytes // 2000))
+    return fitting[kept], whole - kept

@@ -32,7 +32,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from trainer import files
 from trainer.config import ModelConfig
 from trainer.errors import ArtifactError, ConfigError
 from trainer.model import GPT
@@ -42,6 +41,9 @@ MAGIC = b"FAIRWAY\0"
 VERSION = 1
 PREFIX = struct.Struct("<8sII")
 DIGEST_BYTES = 32
+BROTLI_QUALITY = 11
+QUICK_QUALITY = 4
+"""For files that live within a run, and for sizes that need only be proportional."""
 MAX_HEADER_BYTES = 1 << 20
 MAX_PAYLOAD_BYTES = 1 << 28
 """Far above any model of the contest, far below a machine's memory."""
@@ -68,14 +70,24 @@ class Entry:
         return self.entries if self.bits == 16 else self.shape[0]
 
 
-def pack(packed: QuantizedModel, compressor: Compressor = "brotli") -> bytes:
-    """The artifact's bytes."""
-    return _assemble(packed, compressor, _COMPRESSORS[compressor])
-
-
-def cheap_size(packed: QuantizedModel) -> int:
-    """Size in bytes with Brotli at a low quality: a second, not a minute, and proportional."""
-    return len(_assemble(packed, "brotli", lambda raw: brotli.compress(raw, quality=4, lgwin=24)))
+def pack(
+    packed: QuantizedModel, compressor: Compressor = "brotli", quality: int = BROTLI_QUALITY
+) -> bytes:
+    """The artifact's bytes. `quality` is Brotli's: 11 takes a minute on the record's model."""
+    entries = _entries(packed)
+    header = {
+        "model": asdict(packed.model_config),
+        "compressor": compressor,
+        "tensors": [[e.name, e.bits, e.shape] for e in entries],
+    }
+    text = json.dumps(header, separators=(",", ":")).encode()
+    raw = _payload(packed, entries)
+    if compressor == "brotli":
+        body = brotli.compress(raw, quality=quality, lgwin=24)
+    else:
+        body = lzma.compress(raw, preset=9)
+    data = PREFIX.pack(MAGIC, VERSION, len(text)) + text + body
+    return data + hashlib.sha256(data).digest()
 
 
 def unpack(data: bytes, source: str = "artifact") -> QuantizedModel:
@@ -110,13 +122,6 @@ def unpack(data: bytes, source: str = "artifact") -> QuantizedModel:
     return _read_payload(raw, entries, config)
 
 
-def save(path: Path, packed: QuantizedModel, compressor: Compressor = "brotli") -> bytes:
-    """Write the artifact atomically; returns its bytes. Raises RunError."""
-    data = pack(packed, compressor)
-    files.write_bytes(path, data)
-    return data
-
-
 def load(path: Path) -> QuantizedModel:
     """Read an artifact. Raises ArtifactError when it is missing, damaged or too large."""
     try:
@@ -137,21 +142,6 @@ def _entries(packed: QuantizedModel) -> list[Entry]:
     entries = [Entry(n, m.bits, tuple(m.codes_RC.shape)) for n, m in coded.items()]
     entries.sort(key=lambda e: e.bits)
     return entries + [Entry(n, 16, tuple(t.shape)) for n, t in packed.others.items()]
-
-
-def _assemble(
-    packed: QuantizedModel, compressor: Compressor, compress: Callable[[bytes], bytes]
-) -> bytes:
-    entries = _entries(packed)
-    header = {
-        "model": asdict(packed.model_config),
-        "compressor": compressor,
-        "tensors": [[e.name, e.bits, e.shape] for e in entries],
-    }
-    text = json.dumps(header, separators=(",", ":")).encode()
-    body = compress(_payload(packed, entries))
-    data = PREFIX.pack(MAGIC, VERSION, len(text)) + text + body
-    return data + hashlib.sha256(data).digest()
 
 
 def _payload(packed: QuantizedModel, entries: list[Entry]) -> bytes:
@@ -264,7 +254,7 @@ def _read_payload(raw: bytes, entries: list[Entry], config: ModelConfig) -> Quan
     )
 
 
-# Compressors. Decompression never yields more than it was told to expect.
+# Decompression never yields more than it was told to expect.
 
 
 def _decompress_brotli(body: bytes, size: int) -> bytes:
@@ -290,10 +280,6 @@ def _decompress_lzma(body: bytes, size: int) -> bytes:
     return raw if decoder.eof and not decoder.unused_data else b""
 
 
-_COMPRESSORS: dict[Compressor, Callable[[bytes], bytes]] = {
-    "brotli": lambda raw: brotli.compress(raw, quality=11, lgwin=24),
-    "lzma": lambda raw: lzma.compress(raw, preset=9),
-}
 _DECOMPRESSORS: dict[Compressor, Callable[[bytes, int], bytes]] = {
     "brotli": _decompress_brotli,
     "lzma": _decompress_lzma,

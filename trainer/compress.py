@@ -1,12 +1,13 @@
 """From Hessians to the artifact: bits per matrix, GPTQ, pruning, exact accounting of bytes."""
 
 import hashlib
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from trainer import allocate, artifact, codesize
+from trainer import allocate, artifact, codesize, files
 from trainer.allocate import Sizer
 from trainer.config import QuantConfig, RunConfig
 from trainer.folder import RunFolder
@@ -37,8 +38,8 @@ def quantize_run(
     else:
         bits = allocate.bits_with(order, allocate.fixed_count(quant, len(order)))
         matrices, errors = quantize_matrices(model.matrices(), hessians, bits, quant)
-    # LZMA's lowest effort is not worth a setting: this file is read back within the run.
-    artifact.save(path, with_matrices(model, matrices), "lzma")
+    packed = with_matrices(model, matrices)
+    files.write_bytes(path, artifact.pack(packed, quality=artifact.QUICK_QUALITY))
     return {
         "matrices": [
             {
@@ -72,7 +73,7 @@ def _budgeted(
 
     sizer = Sizer(
         lambda n: len(artifact.pack(candidate(n), quant.compressor)),
-        lambda n: artifact.cheap_size(candidate(n)),
+        lambda n: quick_size(candidate(n)),
     )
     limit = quant.limit_bytes - codesize.code_bytes()
     count = max(0, allocate.most_that_fits(sizer, len(order), limit))
@@ -90,21 +91,29 @@ def write_artifact(config: RunConfig, folder: RunFolder) -> dict[str, Any]:
     """
     quant = config.quant
     code_bytes = codesize.code_bytes()
-    packed, pruned = allocate.prune_to_fit(
-        artifact.load(folder.quantized),
-        quant.limit_bytes - code_bytes,
-        exact=lambda m: len(artifact.pack(m, quant.compressor)),
-        cheap=artifact.cheap_size,
-    )
-    data = artifact.save(folder.artifact, packed, quant.compressor)
-    baseline = "lzma" if quant.compressor == "brotli" else "brotli"
+    packed = artifact.load(folder.quantized)
+    baseline: artifact.Compressor = "lzma" if quant.compressor == "brotli" else "brotli"
+    with ThreadPoolExecutor(1) as pool:  # both compressors release the interpreter lock
+        baseline_size = pool.submit(lambda: len(artifact.pack(packed, baseline)))
+        data, pruned = allocate.prune_to_fit(
+            packed,
+            quant.limit_bytes - code_bytes,
+            pack=lambda m: artifact.pack(m, quant.compressor),
+            cheap=quick_size,
+        )
+        files.write_bytes(folder.artifact, data)
     return {
         "artifact_bytes": len(data),
         "code_bytes": code_bytes,
         "limit_bytes": quant.limit_bytes,
         "compressor": quant.compressor,
         "baseline_compressor": baseline,
-        "baseline_bytes": len(artifact.pack(packed, baseline)),
+        "baseline_bytes": baseline_size.result(),
         "pruned": pruned,
         "sha256": hashlib.sha256(data).hexdigest(),
     }
+
+
+def quick_size(packed: QuantizedModel) -> int:
+    """Container size in bytes at a low quality: a second, not a minute, and proportional."""
+    return len(artifact.pack(packed, quality=artifact.QUICK_QUALITY))

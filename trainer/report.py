@@ -122,6 +122,8 @@ def _size_table(artifact: dict[str, Any]) -> str:
             "| --- | --- | --- |",
             f"| artifact ({artifact['compressor']}) | {artifact['artifact_bytes']:,} "
             f"| {PUBLISHED['artifact']} |",
+            f"| the same tensors with {artifact['baseline_compressor']}, unpruned "
+            f"| {artifact['baseline_bytes']:,} | |",
             f"| code | {artifact['code_bytes']:,} | |",
             f"| total, limit {SIZE_LIMIT_BYTES:,} ({fits}) | {total:,} | |",
             "",
