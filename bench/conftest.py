@@ -1,4 +1,4 @@
-"""What every bench shares: the scale, the gate, and pytest-benchmark's table fed by our stopwatch."""
+"""What every bench shares: scale, gate, and pytest-benchmark's table fed by our stopwatch."""
 
 import datetime
 import json
@@ -30,7 +30,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption(
         "--extend-baseline",
         action="store_true",
-        help="add measurements to this machine's baseline: noise from process to process counts too",
+        help="add measurements to this machine's baseline, so that noise between runs counts too",
     )
     group.addoption(
         "--budget-s",
@@ -65,9 +65,9 @@ class Session:
         self.environment = environment.describe()
         self.path = gate.BASELINES / f"{gate.machine_class(self.environment)}.json"
         self.baselines = gate.load(self.path)
-        self.update: bool = config.getoption("--update-baseline")
-        self.extend: bool = config.getoption("--extend-baseline")
-        self.budget_s: float = config.getoption("--budget-s")
+        self.update = bool(config.getoption("--update-baseline"))
+        self.extend = bool(config.getoption("--extend-baseline"))
+        self.budget_s = float(config.getoption("--budget-s") or 0)
         self.measured: dict[str, list[Measurement]] = {}
         self.lines: list[str] = []
 

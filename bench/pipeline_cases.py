@@ -53,7 +53,7 @@ def _on_device(scale: Scale, subject: Any, gemms: int, details: Any = dict) -> C
     return Case(finished(subject), finished(gemm), name, "cpu", details)
 
 
-def _loader(scale: Scale) -> Loader:
+def synthetic_loader(scale: Scale) -> Loader:
     c = scale.config
     rng = np.random.default_rng(0)
     tokens = 4 * c.train.sequences_per_step * c.model.seq_len
@@ -64,7 +64,7 @@ def _loader(scale: Scale) -> Loader:
 
 def loader(scale: Scale) -> Case:
     """Eight steps of micro-batches, taken as fast as they come."""
-    source = _loader(scale)
+    source = synthetic_loader(scale)
 
     def run(i: int) -> None:
         for _ in range(8 * MICRO_BATCHES):
@@ -79,7 +79,7 @@ def training_step(scale: Scale, backend: MlpBackend) -> Case:
     loss: Any = torch.compile(model.loss, fullgraph=True) if scale.cuda else model.loss
     optimizer = Optimizer(model, scale.config.optim, scale.dtype)
     averages = Averages(model, scale.config.train)
-    source = _loader(scale)
+    source = synthetic_loader(scale)
     steps = 0
 
     def run(i: int) -> None:

@@ -1,1 +1,1 @@
-"""Step-time and kernel profiles."""
+"""Where the milliseconds of a training step go."""

@@ -1,0 +1,138 @@
+"""Which named component of the step a kernel or operation belongs to, and its ideal work. Pure.
+
+Letters: N tokens, D width, F MLP width, M, K, N' sizes of a matrix product.
+"""
+
+import math
+from dataclasses import dataclass
+
+from trainer.config import ModelConfig
+
+IDLE = "CPU gap"
+UNATTRIBUTED = "unattributed"
+OPTIMIZER_PHASES = ("optimizer", "average")
+GEMM_OPS = ("aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm", "aten::_scaled_mm")
+ATTENTION_WORDS = ("scaled_dot_product", "fmha", "flash_fprop", "flash_bprop", "flash_attention")
+GEMM_WORDS = ("nvjet", "gemm", "cublas", "xmma")
+COPY_OPS = ("aten::copy_", "aten::_to_copy", "aten::clone", "aten::contiguous")
+
+
+@dataclass(frozen=True)
+class Event:
+    """One GPU kernel or copy; on a CPU, the own time of one operation.
+
+    Attributes:
+        name: of the kernel or operation.
+        ops: operations around it on the host, outermost first; the operation itself last.
+        dims: input shapes of the innermost operation that has any.
+        phase: part of the step: data, forward, backward, optimizer, average, or "".
+        ms: its time; where GPU work overlaps, only what no earlier work covers.
+        on_gpu: a GPU kernel or copy.
+        first_of_op: no earlier event belongs to the same innermost operation.
+    """
+
+    name: str
+    ops: tuple[str, ...]
+    dims: tuple[tuple[int, ...], ...]
+    phase: str
+    ms: float
+    on_gpu: bool
+    first_of_op: bool = True
+
+
+@dataclass(frozen=True)
+class Work:
+    """Least work of an event: floating-point operations, and elements read and written."""
+
+    flops: float = 0.0
+    elements: float = 0.0
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What a matrix product's role is told by: the model's shape, and N."""
+
+    model: ModelConfig
+    tokens: int
+
+
+def component(event: Event, sizes: Sizes) -> str:
+    """Name of the component; UNATTRIBUTED for a kernel of which nothing is known."""
+    name = event.name.lower()
+    around = " ".join(event.ops).lower()
+    backward = event.phase == "backward" or "backward" in around or "bprop" in name
+    side = "backward" if backward else "forward"
+    if "nccl" in name or "c10d" in around or "gloo" in name:
+        return "communication"
+    if event.phase in OPTIMIZER_PHASES:
+        return "optimizer" if event.phase == "optimizer" else "weight average"
+    if event.phase == "data" or name.startswith(("memcpy", "memset")):
+        return "copies"
+    if any(word in name or word in around for word in ATTENTION_WORDS):
+        return f"attention {side}"
+    if "fairway::" in around:
+        return f"fused MLP {side}"
+    if any(op in GEMM_OPS for op in event.ops) or any(word in name for word in GEMM_WORDS):
+        return f"GEMM {gemm_role(event.dims, sizes)}"
+    if "_fusedmlp" in around:
+        return f"fused MLP {side}"
+    if name.startswith("triton_"):
+        return f"Inductor fusions {side}"
+    if any(op in COPY_OPS for op in event.ops):
+        return "copies"
+    if not event.phase or not event.ops:
+        return UNATTRIBUTED
+    return "eager elementwise"
+
+
+def gemm_role(dims: tuple[tuple[int, ...], ...], sizes: Sizes) -> str:
+    """What a matrix product is for, from its sizes; forward, input and weight gradient alike."""
+    shapes = [d for d in dims if len(d) >= 2]
+    if len(shapes) < 2:
+        return "other"
+    a, b, c = shapes[-2], shapes[-1], sizes.model
+    mkn = [a[-2], a[-1], b[-1]]
+    if sizes.tokens not in mkn:
+        return "other"
+    mkn.remove(sizes.tokens)
+    roles = {
+        (c.width, c.mlp_width): "MLP",
+        (c.width, c.vocab_size): "head",
+        (c.width, c.bigram_dim): "embedding projections",
+        (c.kv_width, c.value_embed_dim): "embedding projections",
+        (c.width, c.kv_width): "keys and values",
+        (c.width, c.width): "queries and out",
+    }
+    return next((role for pair, role in roles.items() if sorted(pair) == sorted(mkn)), "other")
+
+
+def work(event: Event) -> Work:
+    """Least work of matrix products, attention and the fused MLP; nothing is claimed of others."""
+    if not event.first_of_op or not event.dims:
+        return Work()
+    op = event.ops[-1] if event.ops else ""
+    matrices = [d for d in event.dims if len(d) >= 2]
+    if op in GEMM_OPS and len(matrices) >= 2:
+        a, b = matrices[-2], matrices[-1]
+        batch, m, k, n = math.prod(a[:-2]), a[-2], a[-1], b[-1]
+        return Work(2.0 * batch * m * k * n, float(batch * (m * k + k * n + m * n)))
+    if "scaled_dot_product" in op:
+        return _attention_work(op, event.dims)
+    if op.startswith("fairway::") and len(matrices) >= 2:
+        m, width = matrices[0]
+        hidden = math.prod(matrices[1]) // width
+        return Work(2.0 * m * width * hidden, float(m * width + width * hidden + 2 * m * hidden))
+    return Work()
+
+
+def _attention_work(op: str, dims: tuple[tuple[int, ...], ...]) -> Work:
+    """Causal attention from q [B, H, T, K] and k [B, G, T, K]: half of every T x T product."""
+    four = [d for d in dims if len(d) == 4]
+    if len(four) < 3:
+        return Work()
+    backward = "backward" in op
+    q, k = (four[1], four[2]) if backward else (four[0], four[1])
+    batch, heads, length, size = q
+    forward_flops = 2.0 * batch * heads * length * length * size  # two products, half of each
+    elements = 2.0 * math.prod(q) + 2.0 * math.prod(k)
+    return Work(2.5 * forward_flops, 2 * elements) if backward else Work(forward_flops, elements)
