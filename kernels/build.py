@@ -45,10 +45,20 @@ def source_hash() -> str:
     The loader knows no compiler, so this names the library; the compiler's version is recorded
     beside it and checked when building.
     """
+    return _digest(*VARIANTS)
+
+
+def object_folder(version: str) -> Path:
+    """Where objects lie that `version` of the compiler made; a new variant leaves them valid."""
+    return CACHE / f"objects_{_digest(version)}"
+
+
+def _digest(*extra: str) -> str:
+    """Hash of the sources, the flags, the headers' version, and `extra`."""
     digest = hashlib.sha256()
     for path in sorted(SOURCES.iterdir()):
         digest.update(path.name.encode() + path.read_bytes())
-    for part in (*FLAGS, HEADER_PACKAGE, *VARIANTS):
+    for part in (*FLAGS, HEADER_PACKAGE, *extra):
         digest.update(part.encode())
     return digest.hexdigest()[:16]
 
@@ -130,9 +140,7 @@ def build(variants: Sequence[str] | None = None, jobs: int = 1) -> Path:
         sidecar = library.with_suffix(".json")
         if library.exists() and _built_with(sidecar) == version:
             return library
-        folder = (
-            CACHE / f"objects_{source_hash()}_{hashlib.sha256(version.encode()).hexdigest()[:8]}"
-        )
+        folder = object_folder(version)
         folder.mkdir(exist_ok=True)
         units = {"status": (SOURCES / "status.cu").read_text()}
         units.update((name, instantiate(VARIANTS[name])) for name in names)

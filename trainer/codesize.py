@@ -4,7 +4,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("trainer", "kernels")
-SUFFIXES = (".py", ".cu", ".cuh", ".h", ".hpp", ".cpp")
+SUFFIXES = (".py", ".cu", ".cuh", ".in")
 
 
 def code_files() -> dict[str, int]:

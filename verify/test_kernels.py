@@ -107,7 +107,7 @@ def _variants_of(x: Tensor, kind: str) -> Tensor:
 def test_glue_equals_plain_autograd(
     seed: int, batch: int, m: int, d: int, f: int, layout: str, magnitude: float, expanded: bool
 ) -> None:
-    """Output and all gradients equal plain autograd's for any layout, and for expanded gradients."""
+    """Output and all gradients equal plain autograd's for any layout and expanded gradients."""
     g = torch.Generator().manual_seed(seed)
     x = _normal(g, batch, m, d, scale=magnitude).double()
     w_up, w_down = _normal(g, f, d).double(), _normal(g, d, f).double()

@@ -1,0 +1,244 @@
+"""Claims about the bench's gate: it catches slower code and leaves the same code alone."""
+
+import json
+import os
+import random
+import statistics
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from bench import gate
+from bench.gate import Baseline, judge, machine_class, merged
+from bench.measure import Case, Measurement, measure, repeated
+from bench.stopwatch import times_interleaved
+
+ROOT = Path(__file__).resolve().parents[1]
+REFERENCE = "a fixed product"
+
+
+def measured(ratio: float, reference: str = REFERENCE) -> Measurement:
+    return Measurement(reference, ratio, ratio, 1.0, (ratio,))
+
+
+def script(*ratios: float) -> Callable[[], Measurement]:
+    """A stand-in for measuring: the given ratios, one a call."""
+    left = iter(ratios)
+    return lambda: measured(next(left))
+
+
+def test_margin_is_three_sigma_and_at_least_three_percent() -> None:
+    """The margin is three standard deviations of the baseline's own ratios, never under 3 %."""
+    assert Baseline(REFERENCE, (2.0, 2.0, 2.0)).margin == 0.03
+    assert Baseline(REFERENCE, (2.0,)).margin == 0.03
+    noisy = (1.9, 2.0, 2.1)
+    assert Baseline(REFERENCE, noisy).ratio == 2.0
+    assert Baseline(REFERENCE, noisy).margin == pytest.approx(3 * 0.1 / 2.0)
+
+
+@given(st.floats(0.1, 10), st.floats(0.0, 0.3))
+def test_limit_lies_exactly_at_the_margin(ratio: float, noise: float) -> None:
+    """A subject fails just above baseline x (1 + margin), and passes just below it."""
+    baseline = Baseline(REFERENCE, (ratio * (1 - noise), ratio, ratio * (1 + noise)))
+    limit = ratio * (1 + max(0.03, 3 * noise))
+    below, above = limit * (1 - 1e-9), limit * (1 + 1e-9)
+    assert judge("s", baseline, script(below), "x.json")[0].passed
+    assert not judge("s", baseline, script(above, above, above), "x.json")[0].passed
+
+
+def test_a_failure_names_the_subject_and_both_figures() -> None:
+    """A regression's message holds the subject, its ratio, the baseline and the margin."""
+    baseline = Baseline(REFERENCE, (2.0, 2.0))
+    verdict, made = judge("mlp_dpre", baseline, script(2.7, 2.6, 2.8), "x.json")
+    assert not verdict.passed
+    assert len(made) == 3
+    for part in ("mlp_dpre", "2.6000", "2.0000", "+30.0%", "3.0%", REFERENCE):
+        assert part in verdict.message
+
+
+def test_one_disturbed_measurement_is_not_a_regression() -> None:
+    """A slow measurement is repeated, and a good one among three passes the subject."""
+    baseline = Baseline(REFERENCE, (2.0, 2.0))
+    verdict, made = judge("s", baseline, script(2.7, 2.7, 2.0), "x.json")
+    assert verdict.passed
+    assert [m.ratio for m in made] == [2.7, 2.7, 2.0]
+    assert len(judge("s", baseline, script(2.01), "x.json")[1]) == 1
+
+
+def test_a_missing_or_foreign_baseline_fails() -> None:
+    """No baseline, or one taken against another reference, is a failure and says what to do."""
+    verdict, _ = judge("s", None, script(1.0), "bench/baselines/some-gpu.json")
+    assert not verdict.passed
+    assert "some-gpu.json" in verdict.message
+    assert "--update-baseline" in verdict.message
+    other = Baseline("another product", (1.0,))
+    verdict, _ = judge("s", other, script(1.0), "x.json")
+    assert not verdict.passed
+    assert "another product" in verdict.message
+
+
+@pytest.mark.parametrize("noise", [0.005, 0.02, 0.05])
+def test_recorded_noise_is_not_flagged_and_a_slowdown_is(noise: float) -> None:
+    """With simulated noise ten runs of the same code pass nearly always; 1.3 x is always caught."""
+    rng = random.Random(0)
+    flagged = caught = 0
+    trials = 300
+    for _ in range(trials):
+        baseline = Baseline(REFERENCE, tuple(rng.gauss(1, noise) for _ in range(6)))
+        runs = [
+            judge("s", baseline, lambda: measured(rng.gauss(1, noise)), "x.json")[0].passed
+            for _ in range(10)
+        ]
+        flagged += not all(runs)
+        slowed = judge("s", baseline, lambda: measured(1.3 * rng.gauss(1, noise)), "x.json")[0]
+        caught += not slowed.passed
+    assert flagged <= 0.02 * trials
+    # Three sigma of six draws of 5 % noise may itself reach 30 %; below that nothing is missed.
+    assert caught >= (trials if noise < 0.05 else 0.9 * trials)
+
+
+def _workload() -> Case:
+    """A real subject and reference of about a millisecond."""
+    a, b = torch.randn(192, 192), torch.randn(192, 192)
+
+    def subject(i: int) -> None:
+        for _ in range(4):
+            a @ a
+
+    def reference(i: int) -> None:
+        for _ in range(4):
+            b @ b
+
+    return Case(subject, reference, REFERENCE, "cpu")
+
+
+def test_real_code_made_slower_is_caught_and_the_same_code_is_not() -> None:
+    """On this machine ten runs of the same code pass, and 5/3 of the work is caught."""
+    same = repeated(_workload(), 3, 3)
+    slowed = repeated(_workload(), 5, 3)
+    budget_s = 0.1
+    # A busy test machine jumps by more than its noise of a moment ago: spread the baseline.
+    ratios = tuple(measure(same, budget_s).ratio for _ in range(8))
+    baseline = Baseline(REFERENCE, ratios)
+    verdicts = [judge("s", baseline, lambda: measure(same, budget_s), "x")[0] for _ in range(10)]
+    assert [v.message for v in verdicts if not v.passed] == []
+    assert not judge("s", baseline, lambda: measure(slowed, budget_s), "x")[0].passed
+
+
+def test_measure_pairs_subject_and_reference_by_round(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The ratio is the median of each round's own ratio, so a drifting clock cancels."""
+    drift = [1.0, 3.0, 9.0, 27.0]
+
+    def fake(subjects: object, *, rounds: int, warm_up_rounds: int, device: str) -> object:
+        part = drift[:1] if warm_up_rounds else drift[1 : 1 + rounds]
+        return {"subject": [2 * d for d in part], "reference": list(part)}
+
+    monkeypatch.setattr("bench.measure.times_interleaved", fake)
+    case = Case(lambda i: None, lambda i: None, REFERENCE, "cpu", lambda: {"bytes": 7})
+    found = measure(case, budget_s=0.012)
+    assert found.ratio == 2.0
+    assert found.subject_times_ms == (2.0, 6.0, 18.0, 54.0)
+    assert found.reference_ms == statistics.median(drift)
+    assert found.details == {"bytes": 7}
+
+
+def test_subjects_take_turns() -> None:
+    """The stopwatch runs subjects in turn, round by round, warm-up apart, and times all rounds."""
+    calls: list[tuple[str, int]] = []
+    subjects = {name: (lambda i, n=name: calls.append((n, i))) for name in "ab"}
+    times = times_interleaved(subjects, rounds=3, warm_up_rounds=1, device="cpu")
+    assert calls == [(n, i) for i in (0, 0, 1, 2) for n in "ab"]
+    assert {name: len(t) for name, t in times.items()} == {"a": 3, "b": 3}
+    assert all(t >= 0 for values in times.values() for t in values)
+
+
+def test_slowed_case_does_the_stated_work() -> None:
+    """`repeated` calls subject and reference exactly as often as told."""
+    calls = {"subject": 0, "reference": 0}
+
+    def count(name: str) -> Callable[[int], None]:
+        def run(i: int) -> None:
+            calls[name] += 1
+
+        return run
+
+    slowed = repeated(Case(count("subject"), count("reference"), REFERENCE, "cpu"), 4, 3)
+    slowed.subject(0)
+    slowed.reference(0)
+    assert calls == {"subject": 4, "reference": 3}
+
+
+def test_baselines_round_trip_and_merge(tmp_path: Path) -> None:
+    """A baseline is read back as written; updating replaces, extending joins, others stay."""
+    environment = {"device": "cpu", "commit": "abc"}
+    first = gate.document(environment, {"a": [measured(1.0), measured(1.1)], "b": [measured(5.0)]})
+    path = tmp_path / "x.json"
+    path.write_text(json.dumps(first))
+    assert gate.load(path) == {
+        "a": Baseline(REFERENCE, (1.0, 1.1)),
+        "b": Baseline(REFERENCE, (5.0,)),
+    }
+    assert gate.load(tmp_path / "none.json") == {}
+    assert first["environment"] == environment
+    new = gate.document({"device": "cpu", "commit": "def"}, {"a": [measured(1.2)]})
+    replaced = merged(first, new, extend=False)
+    assert replaced["subjects"]["a"]["ratios"] == [1.2]
+    assert replaced["subjects"]["b"] == first["subjects"]["b"]
+    assert replaced["environment"]["commit"] == "def"
+    extended = merged(first, new, extend=True)["subjects"]["a"]
+    assert extended["ratios"] == [1.0, 1.1, 1.2]
+    assert extended["margin"] == round(Baseline(REFERENCE, (1.0, 1.1, 1.2)).margin, 4)
+    foreign = gate.document(environment, {"a": [replace(measured(9.0), reference="other")]})
+    assert merged(first, foreign, extend=True)["subjects"]["a"]["ratios"] == [9.0]
+    assert merged(None, new, extend=True) == new
+
+
+def test_machine_classes_keep_different_machines_apart() -> None:
+    """A class is the GPU's model, or cores and model of a CPU, as a file name."""
+    cpu = {"device": "cpu", "cores": 2, "cpu": "Intel(R) Xeon(R) Processor"}
+    assert machine_class(cpu) == "cpu-2-cores-intel-xeon-processor"
+    assert machine_class({**cpu, "cores": 4}) != machine_class(cpu)
+    h100 = {**cpu, "device": "NVIDIA H100 80GB HBM3"}
+    assert machine_class(h100) == "nvidia-h100-80gb-hbm3"
+
+
+def test_pytest_bench_fails_on_a_missing_baseline_and_on_a_slower_subject(tmp_path: Path) -> None:
+    """`pytest bench` fails without a baseline, passes with one, and fails once code is slower."""
+
+    def bench(*options: str) -> subprocess.CompletedProcess[str]:
+        command = [
+            *(sys.executable, "-m", "pytest", "bench/test_step_time.py", "-k", "ema", "-q"),
+            *("-p", "no:cacheprovider", "-p", "gate_here", "--budget-s", "0.05", *options),
+        ]
+        return subprocess.run(
+            command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False
+        )
+
+    (tmp_path / "gate_here.py").write_text(
+        "import pathlib\n"
+        "from bench import gate\n"
+        f"gate.BASELINES = pathlib.Path({str(tmp_path)!r})\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": f"{tmp_path}:{ROOT}"}
+    missing = bench()
+    assert missing.returncode == 1
+    assert "no baseline" in missing.stdout
+    assert "--update-baseline" in missing.stdout
+    assert bench("--update-baseline").returncode == 0
+    (path,) = tmp_path.glob("*.json")
+    document = json.loads(path.read_text())
+    assert document["environment"]["commit"]
+    entry = document["subjects"]["optimizer[ema]"]
+    # Ten times faster than it can be: the code now looks slower.
+    entry["ratios"] = [r / 10 for r in entry["ratios"]]
+    path.write_text(json.dumps(document))
+    slower = bench()
+    assert slower.returncode == 1
+    assert "slower than its baseline: optimizer[ema]" in slower.stdout
