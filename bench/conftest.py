@@ -4,7 +4,6 @@ import datetime
 import json
 import sys
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,7 +16,6 @@ from bench.scale import Scale, current
 from trainer import environment, files
 
 BASELINE_MEASUREMENTS = 6
-RUNS = Path(__file__).resolve().parents[1] / "runs" / "bench"
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -90,7 +88,7 @@ class Session:
             return
         now = datetime.datetime.now(datetime.UTC).strftime("%Y%m%d-%H%M%S")
         document = gate.document(self.environment, self.measured)
-        files.write_json(RUNS / f"{now}.json", document)
+        files.write_json(gate.RUNS / f"{now}.json", document)
         if self.update or self.extend:
             old = json.loads(self.path.read_text()) if self.path.exists() else None
             files.write_json(self.path, gate.merged(old, document, extend=self.extend))

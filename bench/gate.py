@@ -18,9 +18,14 @@ from typing import Any
 from bench.measure import Measurement
 
 BASELINES = Path(__file__).parent / "baselines"
+RUNS = Path(__file__).resolve().parents[1] / "runs" / "bench"
+"""Every run of `pytest bench` leaves its figures here, for trends."""
 SMALLEST_MARGIN = 0.03
-NOISE_MULTIPLE = 3.0
-"""Margin in standard deviations of the baseline's ratios; three looks make it a strict test."""
+NOISE_MULTIPLE = 4.0
+"""Margin in standard deviations of the baseline's ratios, which are estimated from few."""
+NORMAL_OVER_MAD = 1.4826
+"""Standard deviation of normal noise over its median absolute deviation; one disturbed
+measurement must not widen a margin."""
 TRIES = 3
 """Measurements, first one included, before a subject is called slower."""
 NOISY_MARGIN = 0.25
@@ -42,9 +47,8 @@ class Baseline:
     @property
     def margin(self) -> float:
         """Relative slowdown that noise explains: at least SMALLEST_MARGIN."""
-        if len(self.ratios) < 2:
-            return SMALLEST_MARGIN
-        noise = statistics.stdev(self.ratios) / self.ratio
+        deviation = statistics.median(abs(r - self.ratio) for r in self.ratios)
+        noise = NORMAL_OVER_MAD * deviation / self.ratio
         return max(SMALLEST_MARGIN, NOISE_MULTIPLE * noise)
 
 

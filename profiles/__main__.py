@@ -28,11 +28,11 @@ from profiles.components import Sizes, component
 from profiles.profile import Component, Profile, build, load, save
 from trainer import environment, files
 from trainer.config import MlpBackend
-from trainer.errors import ConfigError, DataError, FairwayError
+from trainer.errors import ConfigError, DataError, FairwayError, RunError
 from trainer.progress import log
 
 ROOT = Path(__file__).resolve().parents[1]
-WARM_UP_STEPS = 4
+WARM_UP_STEPS = 3
 TRACED_STEPS = 3
 NsightChoice = Literal["auto", "on", "off"]
 
@@ -99,7 +99,7 @@ Command = (
 
 def main(arguments: list[str] | None = None) -> int:
     """Run a command; returns the exit status."""
-    command: Any = tyro.cli(Command, args=arguments, description=__doc__)  # pyright: ignore
+    command: Any = tyro.cli(Command, args=arguments, description=__doc__, prog="python -m profiles")  # pyright: ignore
     actions: dict[type, Callable[[Any], None]] = {
         Step: step,
         OneKernel: one_kernel,
@@ -125,14 +125,8 @@ def step(command: Step) -> None:
     log(f"profiling a training step: {mode}, MLP {backend}")
     profile, launches = profile_step(scale, backend, compiled, described)
     if with_nsight:
-        log("collecting Nsight Compute's counters")
         request = {"kind": "step", "mlp": backend, "compiled": compiled}
-        rows = nsight.collect(request, nsight.STEP_METRICS)
-        profile = replace(
-            profile,
-            source=f"{profile.source}; counters: {nsight.describe()}",
-            counters=nsight.by_component(rows, launches),
-        )
+        profile = _with_counters(profile, request, launches, command.nsight)
     today = datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d")
     default = ROOT / "runs" / "profiles" / f"{today}-{machine_class(described)}-{mode}"
     folder = command.out or default
@@ -144,6 +138,25 @@ def step(command: Step) -> None:
     log(f"{text}\nwritten to {folder}")
 
 
+def _with_counters(
+    profile: Profile, request: dict[str, Any], launches: list[tuple[str, str]], choice: NsightChoice
+) -> Profile:
+    """The profile with Nsight's figures; with `auto`, a failure is told in its source instead."""
+    log("collecting Nsight Compute's counters")
+    try:
+        rows = nsight.collect(request, nsight.STEP_METRICS)
+    except RunError as error:
+        if choice == "on":
+            raise
+        log(f"Nsight Compute failed: {error}")
+        return replace(profile, source=f"{profile.source}; Nsight Compute failed, no counters")
+    return replace(
+        profile,
+        source=f"{profile.source}; counters: {nsight.describe()}",
+        counters=nsight.by_component(rows, launches),
+    )
+
+
 def profile_step(
     scale: Scale, backend: MlpBackend, compiled: bool, described: dict[str, Any]
 ) -> tuple[Profile, list[tuple[str, str]]]:
@@ -152,7 +165,7 @@ def profile_step(
     work = workload.training_step(scale, backend, compiled)
     try:
         times = time_interleaved(
-            {"step": lambda i: work.step()}, rounds=10, warm_up_rounds=WARM_UP_STEPS, device=device
+            {"step": lambda i: work.step()}, rounds=5, warm_up_rounds=WARM_UP_STEPS, device=device
         )
         torch_trace.trace(work.step, 1, scale.cuda)  # the first trace pays for its own set-up
         traced = torch_trace.trace(work.step, TRACED_STEPS, scale.cuda)

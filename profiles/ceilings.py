@@ -2,7 +2,7 @@
 
 import torch
 
-from bench.stopwatch import time_interleaved
+from bench.stopwatch import Subject, time_interleaved
 from profiles.profile import Ceilings
 
 
@@ -13,7 +13,10 @@ def measure(device: str) -> Ceilings:
     a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
     source = torch.randn(words, device=device, dtype=dtype)
     target = torch.empty_like(source)
-    subjects = {"gemm": lambda i: torch.mm(a, b), "copy": lambda i: target.copy_(source)}
+    subjects: dict[str, Subject] = {
+        "gemm": lambda i: torch.mm(a, b),
+        "copy": lambda i: target.copy_(source),
+    }
     times = time_interleaved(subjects, rounds=10, warm_up_rounds=3, device=device)
     return Ceilings(
         tflops=2 * size**3 / times["gemm"].median_ms / 1e9,

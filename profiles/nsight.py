@@ -23,19 +23,22 @@ from trainer.errors import RunError
 
 ROOT = Path(__file__).resolve().parents[1]
 TARGET = ROOT / "profiles" / "nsight_target.py"
-TIMEOUT_S = 280
+TIMEOUT_S = 180
 
 TIME = "gpu__time_duration.sum"
-STEP_METRICS = (
-    TIME,
-    "dram__bytes.sum",
-    "dram__throughput.avg.pct_of_peak_sustained_elapsed",
-    "sm__inst_executed_pipe_tensor.avg.pct_of_peak_sustained_active",
+DRAM = "dram__bytes.sum"
+TENSOR = tuple(
+    f"{name}.avg.pct_of_peak_sustained_active"
+    for name in ("sm__pipe_tensor_cycles_active", "sm__pipe_tensor_op_hmma_cycles_active")
 )
-"""Few enough for one or two passes: a step has over a thousand kernels."""
+"""Names differ between GPU generations; those that ncu lists are asked for."""
+
+STEP_METRICS = (TIME, DRAM, *TENSOR)
+"""Few enough for one pass: a step has over a thousand kernels."""
 
 KERNEL_METRICS = (
     *STEP_METRICS,
+    "dram__throughput.avg.pct_of_peak_sustained_elapsed",
     "sm__throughput.avg.pct_of_peak_sustained_elapsed",
     "lts__throughput.avg.pct_of_peak_sustained_elapsed",
     "sm__warps_active.avg.pct_of_peak_sustained_active",
@@ -137,12 +140,10 @@ def _path() -> str:
 
 
 def _known(metrics: tuple[str, ...]) -> list[str]:
-    """Those of `metrics` that this ncu lists; all of them if it cannot say."""
+    """Those of `metrics` that this ncu lists for this GPU; an unknown one would end it."""
     listed = subprocess.run(["ncu", "--query-metrics"], capture_output=True, text=True, check=False)
     names = set(re.findall(r"^(\w+__\w+)", listed.stdout, re.MULTILINE))
-    if not names:
-        return list(metrics)
-    return [m for m in metrics if m.startswith("launch__") or m.split(".")[0] in names]
+    return [m for m in metrics if m.startswith("launch__") or m.split(".")[0] in names or m == TIME]
 
 
 def read_report(path: Path, metrics: tuple[str, ...]) -> list[Row]:
@@ -180,7 +181,7 @@ def by_component(rows: list[Row], kernels: list[tuple[str, str]]) -> list[dict[s
     for name, component in kernels:
         queues[short_name(name)].append(component)
     taken: dict[str, int] = defaultdict(int)
-    sums: dict[str, list[float]] = defaultdict(lambda: [0.0, 0.0, 0.0, 0.0])
+    sums: dict[str, list[float]] = defaultdict(lambda: [0.0, 0.0, 0.0])
     for row in rows:
         name = short_name(row.name)
         queue = queues.get(name, ["unattributed"])
@@ -189,16 +190,14 @@ def by_component(rows: list[Row], kernels: list[tuple[str, str]]) -> list[dict[s
         time_ms = row.values.get(TIME, 0.0) / 1e6
         total = sums[component]
         total[0] += time_ms
-        total[1] += row.values.get(STEP_METRICS[1], 0.0)
-        total[2] += time_ms * row.values.get(STEP_METRICS[2], 0.0)
-        total[3] += time_ms * row.values.get(STEP_METRICS[3], 0.0)
+        total[1] += row.values.get(DRAM, 0.0)
+        total[2] += time_ms * max(row.values.get(name, 0.0) for name in TENSOR)
     return [
         {
             "component": name,
             "time_ms": ms,
             "dram_gbytes": dram / ms / 1e6 if ms else 0.0,
-            "dram_pct": dram_pct / ms if ms else 0.0,
             "tensor_pct": tensor / ms if ms else 0.0,
         }
-        for name, (ms, dram, dram_pct, tensor) in sorted(sums.items(), key=lambda x: -x[1][0])
+        for name, (ms, dram, tensor) in sorted(sums.items(), key=lambda x: -x[1][0])
     ]

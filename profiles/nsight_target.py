@@ -4,6 +4,7 @@ FAIRWAY_NSIGHT holds what to run as JSON: `kind` "step" or "kernel", its argumen
 prefix of the report.
 """
 
+import importlib.metadata
 import inspect
 import json
 import os
@@ -11,13 +12,14 @@ from collections.abc import Callable
 from typing import Any
 
 # Before torch touches the GPU: nsight-python 1.x injects its library when it is imported.
-import nsight  # pyright: ignore[reportMissingImports]
+import nsight as installed_nsight  # pyright: ignore[reportMissingImports]
 import torch
 
 from bench.scale import current
 from profiles import kernels, workload
 
 WARM_UP_CALLS = 4
+nsight: Any = installed_nsight
 
 
 def subject(request: dict[str, Any]) -> Callable[[], object]:
@@ -47,7 +49,7 @@ def options(request: dict[str, Any]) -> dict[str, Any]:
 def main() -> None:
     """Warm up outside the range, then profile one call."""
     request = json.loads(os.environ["FAIRWAY_NSIGHT"])
-    relaunches = int(nsight.__version__.split(".")[0]) < 1
+    relaunches = int(importlib.metadata.version("nsight-python").split(".")[0]) < 1
     call: Callable[[], object] = lambda: None  # noqa: E731
     # In 0.9 the outer process only starts the inner one, which alone needs the GPU.
     if not relaunches or "NSPY_NCU_PROFILE" in os.environ:

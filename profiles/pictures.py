@@ -70,7 +70,7 @@ def roofline(path: Path, profile: Profile) -> None:
     axes.set(xscale="log", yscale="log", ylabel="TFLOP/s")
     axes.set_xlabel("FLOP per byte, every tensor moved once")
     axes.set_title(profile.title)
-    axes.legend(fontsize=8)
+    axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.01, 0.5))
     _save(figure, path)
 
 

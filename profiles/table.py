@@ -84,12 +84,12 @@ def _counters(p: Profile) -> str:
     lines = [
         f"Nsight Compute, every kernel replayed alone: {total:.3f} ms in all.",
         "",
-        "| component | ms alone | tensor pipe | DRAM GB/s | DRAM |",
+        "| component | ms alone | tensor pipe busy | DRAM GB/s | of ceiling |",
         "| --- | ---: | ---: | ---: | ---: |",
     ]
     for row in p.counters:
         lines.append(
             f"| {row['component']} | {row['time_ms']:.3f} | {row['tensor_pct']:.0f}% | "
-            f"{row['dram_gbytes']:.0f} | {row['dram_pct']:.0f}% |"
+            f"{row['dram_gbytes']:.0f} | {row['dram_gbytes'] / p.ceilings.gbytes:.0%} |"
         )
     return "\n".join(lines)

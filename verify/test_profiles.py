@@ -1,0 +1,319 @@
+"""Claims about profiles: every kernel finds its component, and the sums are the step."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from profiles import __main__ as command
+from profiles import nsight, pictures, table, torch_trace
+from profiles.components import Event, Sizes, component, gemm_role, work
+from profiles.profile import Ceilings, Profile, build, load, save
+from trainer.config import ModelConfig
+from trainer.errors import DataError
+
+RECORD = Sizes(ModelConfig(), tokens=98_304)
+N, D, F, V, KV = 98_304, 512, 1792, 1024, 256
+
+
+def kernel(
+    name: str,
+    ops: tuple[str, ...] = (),
+    phase: str = "forward",
+    dims: tuple[tuple[int, ...], ...] = (),
+    ms: float = 1.0,
+) -> Event:
+    return Event(name, ops, dims, phase, ms, on_gpu=True)
+
+
+@pytest.mark.parametrize(
+    ("event", "expected"),
+    [
+        (kernel("ncclDevKernel_AllGather", ("c10d::_allgather",), "optimizer"), "communication"),
+        (kernel("nvjet_tst_128", ("aten::baddbmm",), "optimizer"), "optimizer"),
+        (
+            kernel("multi_tensor_apply_kernel", ("aten::_foreach_lerp_",), "average"),
+            "weight average",
+        ),
+        (kernel("Memcpy HtoD (Pinned -> Device)", (), ""), "copies"),
+        (
+            kernel(
+                "cudnn_generated_fort_native_sdpa_sm90_flash_fprop_wgmma_f16",
+                ("CompiledFunction", "aten::_scaled_dot_product_cudnn_attention"),
+            ),
+            "attention forward",
+        ),
+        (
+            kernel(
+                "cudnn_generated_fort_native_sdpa_sm90_flash_bprop_wgmma_f16",
+                ("CompiledFunctionBackward", "aten::_scaled_dot_product_cudnn_attention_backward"),
+                "backward",
+            ),
+            "attention backward",
+        ),
+        (kernel("_up_kernel", ("fairway::up_activation_triton",)), "fused MLP forward"),
+        (
+            kernel("cutlass::device_kernel", ("fairway::dpre_cutlass",), "backward"),
+            "fused MLP backward",
+        ),
+        (kernel("nvjet", ("aten::mm",), dims=((N, F), (F, D))), "GEMM MLP"),
+        (kernel("triton_red_fused_add_3"), "Inductor fusions forward"),
+        (kernel("triton_poi_fused_mul_7", phase="backward"), "Inductor fusions backward"),
+        (kernel("direct_copy_kernel", ("aten::to", "aten::_to_copy", "aten::copy_")), "copies"),
+        (kernel("vectorized_elementwise_kernel", ("aten::mul",)), "eager elementwise"),
+        (kernel("mystery", (), ""), "unattributed"),
+        (kernel("mystery", ("aten::mul",), ""), "unattributed"),
+    ],
+)
+def test_kernels_find_their_component(event: Event, expected: str) -> None:
+    """Each kind of kernel is put into its named component, and an unknown one into none."""
+    assert component(event, RECORD) == expected
+
+
+@pytest.mark.parametrize(
+    ("a", "b", "role"),
+    [
+        ((N, D), (D, F), "MLP"),
+        ((F, N), (N, D), "MLP"),
+        ((N, D), (D, D), "queries and out"),
+        ((D, N), (N, D), "queries and out"),
+        ((N, D), (D, KV), "keys and values"),
+        ((N, V), (V, D), "head"),
+        ((N, 112), (112, D), "embedding projections"),
+        ((N, 128), (128, KV), "embedding projections"),
+        ((D, D), (D, D), "other"),
+    ],
+)
+def test_products_are_named_by_their_sizes(
+    a: tuple[int, int], b: tuple[int, int], role: str
+) -> None:
+    """A product's role follows from its sizes, in forward, input and weight gradient alike."""
+    assert gemm_role((a, b), RECORD) == role
+    assert gemm_role(((a[0], b[1]), a, b), RECORD) == role  # addmm: the addend comes first
+
+
+def test_a_head_as_wide_as_the_batch_is_still_told_apart() -> None:
+    """With as many tokens as vocabulary entries, projections are not taken for the head."""
+    sizes = Sizes(ModelConfig(), tokens=1024)
+    assert gemm_role(((1024, D), (D, D)), sizes) == "queries and out"
+    assert gemm_role(((1024, D), (D, 1024)), sizes) == "head"
+
+
+def test_work_counts_every_operation_once() -> None:
+    """Products cost 2MKN, causal attention 2BHTTK forward and 2.5 times that backward."""
+    mm = kernel("nvjet", ("aten::mm",), dims=((3, 5), (5, 7)))
+    assert (work(mm).flops, work(mm).elements) == (2 * 3 * 5 * 7, 15 + 35 + 21)
+    bmm = kernel("nvjet", ("aten::bmm",), dims=((2, 3, 5), (2, 5, 7)))
+    assert work(bmm).flops == 2 * 2 * 3 * 5 * 7
+    again = Event("splitk", ("aten::mm",), ((3, 5), (5, 7)), "forward", 1.0, True, False)
+    assert work(again).flops == 0
+    q, k = (2, 8, 16, 4), (2, 4, 16, 4)
+    forward = kernel("x", ("aten::_scaled_dot_product_cudnn_attention",), dims=(q, k, k))
+    exact = 2 * (2 * 2 * 8 * 16 * 16 * 4) / 2  # two products, half of each is masked
+    assert work(forward).flops == exact
+    assert work(forward).elements == 2 * 2 * 8 * 16 * 4 + 2 * 2 * 4 * 16 * 4
+    ops = ("aten::_scaled_dot_product_cudnn_attention_backward",)
+    assert work(kernel("x", ops, "backward", (q, q, k, k, q))).flops == 2.5 * exact
+    fused = kernel("x", ("fairway::up_activation_triton",), dims=((6, 4), (10, 4)))
+    assert work(fused).flops == 2 * 6 * 4 * 10
+    assert work(fused).elements == 6 * 4 + 4 * 10 + 2 * 6 * 10
+
+
+def profile_of(events: list[Event], idle_ms: float, step_ms: float, steps: int = 1) -> Profile:
+    return build(
+        source="test",
+        title="a step",
+        events=events,
+        idle_ms=idle_ms,
+        steps=steps,
+        step_ms=step_ms,
+        unprofiled_ms=step_ms,
+        sizes=RECORD,
+        element_bytes=2,
+        ceilings=Ceilings(tflops=100.0, gbytes=1000.0),
+        environment={"device": "some GPU", "commit": "abc", "packages": {"torch": "2.11"}},
+    )
+
+
+names = st.sampled_from(
+    ["triton_poi_fused", "nvjet", "mystery", "Memcpy HtoD", "ncclDev", "flash_fprop"]
+)
+events = st.builds(kernel, names, phase=st.sampled_from(["forward", "backward", "optimizer", ""]))
+
+
+@given(st.lists(st.tuples(events, st.floats(0.001, 10)), min_size=1), st.floats(0, 5))
+def test_components_sum_to_the_kernels(timed: list[tuple[Event, float]], idle_ms: float) -> None:
+    """Every kernel is in exactly one component, so components plus gap are the step's time."""
+    made = [Event(e.name, e.ops, e.dims, e.phase, ms, True) for e, ms in timed]
+    total = sum(ms for _, ms in timed)
+    profile = profile_of(made, idle_ms, total + idle_ms)
+    assert profile.busy_ms == pytest.approx(total)
+    assert profile.gap_ms == pytest.approx(idle_ms)
+    assert abs(profile.sum_error) < 1e-9
+    assert profile.launches == len(made)
+    assert sum(k.ms for k in profile.kernels) == pytest.approx(total)
+    assert any(c.name == "unattributed" for c in profile.components)
+
+
+def test_times_and_counts_are_per_step() -> None:
+    """Several profiled steps are averaged."""
+    profile = profile_of([kernel("triton_poi", ms=3.0)] * 4, idle_ms=2.0, step_ms=7.0, steps=2)
+    (fusions,) = (c for c in profile.components if c.name.startswith("Inductor"))
+    assert (fusions.ms, fusions.launches) == (6.0, 2.0)
+    assert profile.gap_ms == 1.0
+    assert profile.sum_error == pytest.approx(0.0)
+
+
+def test_the_table_shows_rates_shares_and_a_sum_that_does_not_fit() -> None:
+    """The summary has shares, achieved rates against ceilings, and says when the sum is off."""
+    mm = kernel("nvjet", ("aten::mm",), dims=((N, D), (D, F)), ms=3.0)
+    text = table.markdown(profile_of([mm], idle_ms=1.0, step_ms=4.0))
+    tflops = 2 * N * D * F / 3.0 / 1e9
+    row = next(line for line in text.splitlines() if line.startswith("| GEMM MLP"))
+    assert f"| 3.000 | 75.0% | 1 | {tflops:.3g} | {tflops / 100:.0%}" in row
+    assert "unattributed | 0.000" in text
+    assert "CPU gap | 1.000 | 25.0%" in text
+    assert ", within 3%" in text
+    assert ", NOT within 3%" in table.markdown(profile_of([mm], idle_ms=1.0, step_ms=4.2))
+
+
+def x(name: str, cat: str, ts: float, dur: float, tid: int = 1, **args: Any) -> dict[str, Any]:
+    if "dims" in args:
+        args["Input Dims"] = args.pop("dims")
+    return {"ph": "X", "name": name, "cat": cat, "ts": ts, "dur": dur, "tid": tid, "args": args}
+
+
+def test_gpu_traces_are_read_by_launch() -> None:
+    """A kernel belongs to the operation and phase of its launch; overlapping work counts once."""
+    raw = [
+        x("fairway.step", "user_annotation", 0, 10_000),
+        x("fairway.forward", "user_annotation", 0, 2000),
+        x("fairway.backward", "user_annotation", 2000, 4000),
+        x("aten::linear", "cpu_op", 100, 500),
+        x("aten::mm", "cpu_op", 200, 300, dims=[[N, D], [D, F]]),
+        x("cudaLaunchKernel", "cuda_runtime", 250, 10, correlation=1),
+        x("nvjet", "kernel", 3000, 1000, tid=7, correlation=1),
+        # The backward pass is launched by another thread.
+        x("aten::mul", "cpu_op", 2100, 100, tid=2),
+        x("cuLaunchKernel", "cuda_driver", 2150, 10, tid=2, correlation=2),
+        x("elementwise", "kernel", 4000, 500, tid=7, correlation=2),
+        x("Memcpy HtoD", "gpu_memcpy", 4200, 800, tid=8, correlation=3),
+    ]
+    events, busy_ms, window_ms = torch_trace.read(raw)
+    assert [(e.name, e.phase, e.ms) for e in events] == [
+        ("nvjet", "forward", 1.0),
+        ("elementwise", "backward", 0.5),
+        ("Memcpy HtoD", "", 0.5),
+    ]
+    assert events[0].ops == ("aten::linear", "aten::mm")
+    assert events[0].dims == ((N, D), (D, F))
+    assert events[1].ops == ("aten::mul",)
+    assert (busy_ms, window_ms) == (2.0, 10.0)
+
+
+def test_cpu_traces_count_own_time() -> None:
+    """On a CPU an operation's time is without that of operations it calls; the rest is the gap."""
+    raw = [
+        x("fairway.step", "user_annotation", 0, 1000),
+        x("fairway.forward", "user_annotation", 0, 900),
+        x("aten::linear", "cpu_op", 100, 500),
+        x("aten::mm", "cpu_op", 200, 300),
+        x("aten::add", "cpu_op", 700, 100),
+        x("aten::add", "cpu_op", 5000, 100),  # outside the step
+    ]
+    events, busy_ms, window_ms = torch_trace.read(raw)
+    assert [(e.name, e.ms) for e in events] == [
+        ("aten::linear", 0.2),
+        ("aten::mm", 0.3),
+        ("aten::add", 0.1),
+    ]
+    assert busy_ms == pytest.approx(0.6)
+    assert window_ms == 1.0
+
+
+def test_nsight_rows_meet_the_kernels_of_the_trace() -> None:
+    """Nsight's rows find their component by bare name and order of launch."""
+    kernels = [
+        ("void at::native::elementwise<int>(int*)", "eager elementwise"),
+        ("void at::native::elementwise<float>(float*)", "optimizer"),
+        ("triton_poi_fused_0", "Inductor fusions forward"),
+    ]
+
+    def row(name: str, ns: float) -> nsight.Row:
+        tensor = {nsight.TENSOR[1]: 50.0}
+        return nsight.Row(name, {nsight.TIME: ns, nsight.DRAM: 2e6, **tensor})
+
+    rows = [row("elementwise", 1e6), row("elementwise", 2e6), row("new_kernel", 4e6)]
+    found = {r["component"]: r for r in nsight.by_component(rows, kernels)}
+    assert found["eager elementwise"]["time_ms"] == 1.0
+    assert found["optimizer"]["time_ms"] == 2.0
+    assert found["unattributed"]["time_ms"] == 4.0
+    assert found["eager elementwise"]["dram_gbytes"] == pytest.approx(2.0)
+    assert found["optimizer"]["tensor_pct"] == pytest.approx(50.0)
+    assert nsight.short_name("void (anonymous namespace)::f<a::b>(int)") == "f"
+    assert nsight.short_name("cutlass::device_kernel<x>") == "device_kernel"
+
+
+@pytest.fixture(scope="module")
+def real(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A profile of a real step on this machine."""
+    folder = tmp_path_factory.mktemp("profile")
+    assert (
+        command.main(["step", "--mode", "eager", "--mlp", "reference", "--out", str(folder)]) == 0
+    )
+    return folder
+
+
+def test_a_real_step_sums_to_its_wall_clock(real: Path) -> None:
+    """`python -m profiles step` names all components of a real step; they sum to its clock."""
+    profile = load(real)
+    assert abs(profile.sum_error) <= 0.03
+    names = {c.name for c in profile.components}
+    expected = {"attention forward", "attention backward", "GEMM MLP", "GEMM head", "optimizer"}
+    assert expected | {"weight average", "eager elementwise", "unattributed", "CPU gap"} <= names
+    (lost,) = (c for c in profile.components if c.name == "unattributed")
+    assert lost.ms < 0.03 * profile.step_ms
+    config = command.current().config
+    tokens = config.train.sequences_per_step // 8 * config.model.seq_len
+    # Forward, input gradient and weight gradient of two products in each layer.
+    mlp = 6 * 2 * tokens * config.model.width * config.model.mlp_width * config.model.layers
+    (products,) = (c for c in profile.components if c.name == "GEMM MLP")
+    assert products.flops == pytest.approx(mlp)
+    assert "Source: PyTorch profiler" in (real / "summary.md").read_text()
+
+
+def test_profiles_draw_and_compare(real: Path, tmp_path: Path) -> None:
+    """Pictures are readable PNGs: the step, its roofline, two profiles, a subject's trend."""
+    out = tmp_path / "both.png"
+    assert command.main(["compare", str(real), str(real), "--out", str(out)]) == 0
+    entry = {"ratios": [1.0, 1.1], "reference": "a product"}
+    pictures.trend(tmp_path / "trend.png", "ema", [("one", entry), ("two", entry)])
+    for path in (real / "step.png", real / "roofline.png", out, tmp_path / "trend.png"):
+        data = path.read_bytes()
+        assert data.startswith(b"\x89PNG")
+        assert int.from_bytes(data[16:20]) > 500
+
+
+def test_profiles_round_trip_and_refuse_other_files(tmp_path: Path) -> None:
+    """A stored profile is read back equal; anything else is an error that says what to do."""
+    profile = profile_of([kernel("triton_poi")], 0.0, 1.0)
+    save(tmp_path / "profile.json", profile)
+    assert load(tmp_path) == profile
+    (tmp_path / "other.json").write_text(json.dumps({"a": 1}))
+    for path in (tmp_path / "other.json", tmp_path / "none.json"):
+        with pytest.raises(DataError, match="profiles step"):
+            load(path)
+
+
+def test_nsight_is_never_replaced_in_silence(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nsight insisted upon where it cannot run is an error; otherwise the output says so."""
+    monkeypatch.setattr(nsight, "unusable", lambda: "ncu is missing")
+    assert command.main(["kernel", "gemm", "--nsight", "on", "--mlp", "reference"]) == 2
+    assert "--nsight on: " in capsys.readouterr().err
+    assert command.main(["kernel", "gemm", "--mlp", "reference"]) == 0
+    assert "without Nsight Compute" in capsys.readouterr().out
