@@ -107,4 +107,6 @@ def setup(device: str) -> Iterator[Ranks]:
     finally:
         # After an error the peers may be gone, and an orderly goodbye would wait for them.
         if sys.exc_info()[0] is None:
+            # Leaving together: gloo aborts a process whose peer closes first.
+            dist.barrier(group=host)
             dist.destroy_process_group()

@@ -169,7 +169,7 @@ def test_fullgraph_compile() -> None:
     """The MLP compiles with fullgraph=True and gives the eager result."""
     g = torch.Generator().manual_seed(0)
     x, w_up, w_down = (_normal(g, *s).requires_grad_() for s in ((4, 8), (16, 8), (8, 16)))
-    compiled = torch.compile(lambda *a: mlp(*a)[0], fullgraph=True, backend="aot_eager")
+    compiled = torch.compile(lambda x, u, d: mlp(x, u, d)[0], fullgraph=True, backend="aot_eager")
     assert torch.equal(compiled(x, w_up, w_down), mlp(x, w_up, w_down)[0])
 
 
@@ -448,11 +448,12 @@ def test_fused_mlp_in_a_cuda_graph(backend: str) -> None:
 def test_fused_mlp_compiles_on_hopper(backend: str) -> None:
     """The fused MLP compiles with fullgraph=True; gradients stay in the budget."""
     x, _, w_up, w_down, _ = _gpu_inputs(0, 512, 128, 256, 1.0)
-    compiled = torch.compile(lambda *a: mlp(*a, backend=backend)[0], fullgraph=True)
+    compiled = torch.compile(lambda x, u, d: mlp(x, u, d, backend=backend)[0], fullgraph=True)
     leaves = [t.detach().requires_grad_() for t in (x, w_up, w_down)]
     eager = mlp(leaves[0], leaves[1], leaves[2], backend=backend)[0]
     exact = reference.mlp(*(t.float() for t in (x, w_up, w_down)))
-    _within_budget("compiled y", compiled(*leaves), eager, exact)
+    got = compiled(leaves[0], leaves[1], leaves[2])
+    _within_budget("compiled y", got, eager, exact)
 
 
 @pytest.mark.hopper

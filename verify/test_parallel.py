@@ -85,7 +85,7 @@ def _drift(reference: dict[str, torch.Tensor], other: dict[str, torch.Tensor], s
 
 
 def test_any_world_size_gives_the_single_rank_weights(tmp_path: Path) -> None:
-    """With 2 and 4 real ranks, Parallel Muon ends at the single rank's weights; ranks agree exactly.
+    """2 and 4 real ranks end at the single rank's weights, and agree with each other exactly.
 
     The banks hold 10, 10, 5 and 5 matrices: neither 2 nor 4 ranks divide them all.
     """

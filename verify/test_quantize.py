@@ -319,7 +319,7 @@ def _quantized(bits: int) -> tuple[dict[str, Tensor], QuantizedModel]:
 
 
 def test_dequantized_weights_lie_where_they_belong() -> None:
-    """After the round trip every weight is within the grid's reach of the original, in its place."""
+    """After the round trip every weight is near the original, in its own place."""
     state, packed = _quantized(6)
     decoded = dequantize(packed)
     assert decoded.keys() == state.keys()
