@@ -49,9 +49,7 @@ def time_interleaved(
         warm_up_rounds: rounds before them that compile, allocate and warm the clocks.
         device: "cuda" or "cpu".
     """
-    times = times_interleaved(
-        subjects, rounds=rounds, warm_up_rounds=warm_up_rounds, device=device
-    )
+    times = times_interleaved(subjects, rounds=rounds, warm_up_rounds=warm_up_rounds, device=device)
     return {name: Timing.of(times_ms) for name, times_ms in times.items()}
 
 
