@@ -11,7 +11,7 @@ import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 
 from bench import gate
-from bench.measure import Case, Measurement, measure
+from bench.measure import Case, Measurement, measure, warm_up
 from bench.scale import Scale, current
 from trainer import environment, files
 
@@ -34,7 +34,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "--budget-s",
         type=float,
         default=1.0,
-        help="seconds of one measurement of one subject (at least three rounds are made)",
+        help="seconds of one measurement of one subject (at least two rounds are made)",
     )
 
 
@@ -71,6 +71,7 @@ class Session:
 
     def run(self, name: str, case: Case) -> tuple[gate.Verdict, list[Measurement]]:
         once: Callable[[], Measurement] = lambda: measure(case, self.budget_s)  # noqa: E731
+        warm_up(case)
         if self.update or self.extend:
             made = [once() for _ in range(BASELINE_MEASUREMENTS)]
             margin = gate.Baseline(made[0].reference, tuple(m.ratio for m in made)).margin
@@ -118,7 +119,10 @@ def timed(
 
     def run(case: Case) -> None:
         name = request.node.name.removeprefix("test_")
-        verdict, made = bench_session.run(name, case)
+        try:
+            verdict, made = bench_session.run(name, case)
+        finally:
+            case.close()
         best = min(made, key=lambda m: m.ratio)
         _replay(benchmark, best)
         if not verdict.passed:

@@ -7,7 +7,7 @@ from typing import Any
 
 from bench.stopwatch import Subject, times_interleaved
 
-FEWEST_ROUNDS = 3
+FEWEST_ROUNDS = 2
 MOST_ROUNDS = 60
 
 
@@ -21,6 +21,7 @@ class Case:
         reference_name: changes whenever `reference` does.
         clock: "cuda" for CUDA events, "cpu" for the host's clock.
         details: figures to store beside the times, read after measuring.
+        close: ends what the case started.
     """
 
     subject: Subject
@@ -28,6 +29,7 @@ class Case:
     reference_name: str
     clock: str
     details: Callable[[], dict[str, Any]] = dict
+    close: Callable[[], object] = lambda: None
 
 
 @dataclass(frozen=True)
@@ -43,10 +45,16 @@ class Measurement:
     details: dict[str, Any] = field(default_factory=dict)
 
 
-def measure(case: Case, budget_s: float) -> Measurement:
-    """Time `case` for about `budget_s` seconds, at least FEWEST_ROUNDS rounds, after a warm-up."""
+def warm_up(case: Case) -> None:
+    """Compile, allocate and warm the clocks, before the first measurement."""
     pair = {"subject": case.subject, "reference": case.reference}
-    times = times_interleaved(pair, rounds=1, warm_up_rounds=1, device=case.clock)
+    times_interleaved(pair, rounds=0, warm_up_rounds=2, device=case.clock)
+
+
+def measure(case: Case, budget_s: float) -> Measurement:
+    """Time a warm `case` for about `budget_s` seconds, at least FEWEST_ROUNDS rounds."""
+    pair = {"subject": case.subject, "reference": case.reference}
+    times = times_interleaved(pair, rounds=1, warm_up_rounds=0, device=case.clock)
     round_ms = sum(first[0] for first in times.values())
     rounds = min(MOST_ROUNDS, max(FEWEST_ROUNDS, round(1000 * budget_s / round_ms)))
     more = times_interleaved(pair, rounds=rounds - 1, warm_up_rounds=0, device=case.clock)

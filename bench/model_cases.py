@@ -17,7 +17,7 @@ from bench.stopwatch import Subject
 from kernels.mlp import load_backend, mlp
 from trainer.average import Averages
 from trainer.config import MlpBackend
-from trainer.model import GPT
+from trainer.model import GPT, CastWeights
 from trainer.muon import newton_schulz
 from trainer.optim import Optimizer
 from trainer.parallel import NEWTON_SCHULZ_STEPS
@@ -100,7 +100,7 @@ def attention(scale: Scale) -> Case:
     context = _context(model, scale)
 
     def forward(x: Tensor, qo: Tensor, kv: Tensor) -> Tensor:
-        cast_weights = type(weights)(
+        cast_weights = CastWeights(
             qo, kv, weights.up, weights.down, weights.bigram_proj, weights.ve_proj
         )
         return model._attention(0, x, cast_weights, *context, None, None, None)
@@ -116,7 +116,7 @@ def block(scale: Scale, backend: MlpBackend) -> Case:
     context = _context(model, scale)
 
     def forward(x: Tensor, x0: Tensor, qo: Tensor, kv: Tensor, up: Tensor, down: Tensor) -> Tensor:
-        cast_weights = type(weights)(qo, kv, up, down, weights.bigram_proj, weights.ve_proj)
+        cast_weights = CastWeights(qo, kv, up, down, weights.bigram_proj, weights.ve_proj)
         return model._block(0, x, x0, cast_weights, *context, None, None, None)
 
     leaves = (x_BTD, x0_BTD, weights.qo, weights.kv, weights.up, weights.down)

@@ -1,6 +1,6 @@
 """Cases around training: loader, whole step, calibration, GPTQ, pruning, compression, scoring.
 
-Work that takes minutes at the record's size is measured on a part: one layer's codes, 32 tokens of
+Work that takes minutes at the record's size is measured on a part: one small layer, 32 tokens of
 text. Each case says so.
 
 Letters: N tokens, B windows.
@@ -70,7 +70,8 @@ def loader(scale: Scale) -> Case:
         for _ in range(8 * MICRO_BATCHES):
             source.next()
 
-    return _on_device(scale, run, 20) if scale.cuda else _on_host(run)
+    case = _on_device(scale, run, 20) if scale.cuda else _on_host(run)
+    return replace(case, close=source.close)
 
 
 def training_step(scale: Scale, backend: MlpBackend) -> Case:
@@ -94,7 +95,7 @@ def training_step(scale: Scale, backend: MlpBackend) -> Case:
     def details() -> dict[str, Any]:
         return {"data_stall_ms_per_step": round(1000 * source.stall_s / max(1, steps), 4)}
 
-    return _on_device(scale, run, 20, details)
+    return replace(_on_device(scale, run, 20, details), close=source.close)
 
 
 def calibration(scale: Scale) -> Case:
@@ -129,10 +130,9 @@ def _hessian(columns: int, scale: Scale) -> Tensor:
 
 
 def _packed(scale: Scale) -> QuantizedModel:
-    """A rounded model with one layer."""
-    model: GPT = replace(scale, device=torch.device("cpu")).model(
-        shape=one_layer(scale.config.model)
-    )
+    """A rounded model with one small layer: Brotli-11 takes seconds for every megabyte."""
+    small = replace(one_layer(scale.config.model), mlp_width=scale.config.model.width)
+    model: GPT = replace(scale, device=torch.device("cpu")).model(shape=small)
     matrices: dict[str, QuantizedMatrix] = {}
     for name, w in model.requires_grad_(False).matrices().items():
         scales = row_scales(w.unsqueeze(0), 5, 1.0)
@@ -142,7 +142,7 @@ def _packed(scale: Scale) -> QuantizedModel:
 
 
 def pruning(scale: Scale) -> Case:
-    """Ordering all +-1 codes and zeroing half of them, for one layer."""
+    """Ordering all +-1 codes and zeroing half of them, for one small layer."""
     packed = _packed(scale)
 
     def run(i: int) -> None:
@@ -153,7 +153,7 @@ def pruning(scale: Scale) -> Case:
 
 
 def compression(scale: Scale, compressor: Compressor) -> Case:
-    """Compressed container of one layer; its size goes into the details."""
+    """Compressed container of one small layer; its size goes into the details."""
     packed = _packed(scale)
     size = 0
 

@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.table import Table
 
 from bench import gate, model_cases, pipeline_cases
-from bench.measure import Case, measure, repeated
+from bench.measure import Case, measure, repeated, warm_up
 from bench.scale import Scale, current
 from kernels.mlp import require_backend
 from trainer import environment, files
@@ -59,6 +59,7 @@ def prove(name: str, case: Case, budget_s: float) -> dict[str, Any]:
     """Baseline, ten judgements of the same code, one of the slowed one; JSON-able."""
     same = repeated(case, CALLS, CALLS)
     slowed = repeated(case, SLOWED_CALLS, CALLS)
+    warm_up(same)
     ratios = [measure(same, budget_s).ratio for _ in range(BASELINE_MEASUREMENTS)]
     baseline = gate.Baseline(case.reference_name, tuple(ratios))
     verdicts = [

@@ -7,10 +7,12 @@ code lives in a small script of its own, `profiles/nsight_target.py`.
 """
 
 import importlib.metadata
+import importlib.util
 import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -78,8 +80,6 @@ def unusable() -> str | None:
 
 
 def _importable(module: str) -> bool:
-    import importlib.util
-
     return importlib.util.find_spec(module) is not None
 
 
@@ -115,24 +115,32 @@ def collect(target: dict[str, Any], metrics: tuple[str, ...]) -> list[Row]:
             "prefix": f"{folder}/",
         }
         environment = {**os.environ, "PYTHONPATH": _path(), "FAIRWAY_NSIGHT": json.dumps(request)}
-        try:
-            done = subprocess.run(
-                [sys.executable, str(TARGET)],
-                env=environment,
-                cwd=ROOT,
-                capture_output=True,
-                text=True,
-                timeout=TIMEOUT_S,
-                check=False,
-            )
-        except subprocess.TimeoutExpired as error:
-            raise RunError(f"Nsight Compute took longer than {TIMEOUT_S} s") from error
+        status, output = _run([sys.executable, str(TARGET)], environment)
         reports = sorted(Path(folder).glob("*.ncu-rep"))
         if not reports:
             logs = "".join(p.read_text(errors="replace") for p in Path(folder).glob("*.log"))
-            tail = (done.stdout + done.stderr + logs)[-1500:]
-            raise RunError(f"Nsight Compute wrote no report (exit {done.returncode}): {tail}")
+            tail = (output + logs)[-1500:]
+            raise RunError(f"Nsight Compute wrote no report (exit {status}): {tail}")
         return read_report(reports[-1], metrics)
+
+
+def _run(command: list[str], environment: dict[str, str]) -> tuple[int, str]:
+    """Exit status and output; ncu and what it started end with it. Raises RunError."""
+    with subprocess.Popen(
+        command,
+        env=environment,
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    ) as process:
+        try:
+            output, _ = process.communicate(timeout=TIMEOUT_S)
+        except subprocess.TimeoutExpired as error:
+            os.killpg(process.pid, signal.SIGKILL)
+            raise RunError(f"Nsight Compute took longer than {TIMEOUT_S} s") from error
+    return process.returncode, output
 
 
 def _path() -> str:

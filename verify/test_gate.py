@@ -17,7 +17,8 @@ from hypothesis import strategies as st
 
 from bench import gate
 from bench.gate import Baseline, judge, machine_class, merged
-from bench.measure import Case, Measurement, measure, repeated
+from bench.kernel_table import table
+from bench.measure import Case, Measurement, measure, repeated, warm_up
 from bench.stopwatch import Subject, times_interleaved
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -126,6 +127,7 @@ def test_real_code_made_slower_is_caught_and_the_same_code_is_not() -> None:
     same = repeated(_workload(), 3, 3)
     slowed = repeated(_workload(), 5, 3)
     budget_s = 0.1
+    warm_up(same)
     # A busy test machine jumps by more than its noise of a moment ago: spread the baseline.
     ratios = tuple(measure(same, budget_s).ratio for _ in range(8))
     baseline = Baseline(REFERENCE, ratios)
@@ -137,9 +139,10 @@ def test_real_code_made_slower_is_caught_and_the_same_code_is_not() -> None:
 def test_measure_pairs_subject_and_reference_by_round(monkeypatch: pytest.MonkeyPatch) -> None:
     """The ratio is the median of each round's own ratio, so a drifting clock cancels."""
     drift = [1.0, 3.0, 9.0, 27.0]
+    middle = statistics.median(drift)
 
     def fake(subjects: object, *, rounds: int, warm_up_rounds: int, device: str) -> object:
-        part = drift[:1] if warm_up_rounds else drift[1 : 1 + rounds]
+        part = [drift.pop(0) for _ in range(rounds)]
         return {"subject": [2 * d for d in part], "reference": list(part)}
 
     monkeypatch.setattr("bench.measure.times_interleaved", fake)
@@ -147,7 +150,7 @@ def test_measure_pairs_subject_and_reference_by_round(monkeypatch: pytest.Monkey
     found = measure(case, budget_s=0.012)
     assert found.ratio == 2.0
     assert found.subject_times_ms == (2.0, 6.0, 18.0, 54.0)
-    assert found.reference_ms == statistics.median(drift)
+    assert found.reference_ms == middle
     assert found.details == {"bytes": 7}
 
 
@@ -250,3 +253,21 @@ def test_pytest_bench_fails_on_a_missing_baseline_and_on_a_slower_subject(tmp_pa
     assert "optimizer[ema]: no baseline" in result.stdout
     assert "pytest bench --update-baseline" in result.stdout
     assert len(list((tmp_path / "runs").glob("*.json"))) >= 1
+
+
+def test_the_kernel_table_takes_the_best_of_each_kind() -> None:
+    """The kernel table has each kind's fastest variant, a layer and eleven, and whole steps."""
+    names = {
+        "eager": 0.6,
+        "triton published": 0.5,
+        "triton 128x128": 0.45,
+        "cutlass dpre_pingpong_a n1": 0.4,
+        "cutlass dpre_pingpong_b n1": 0.3,
+    }
+    kernels = {"backward": {"ms": {name: {"median_ms": ms} for name, ms in names.items()}}}
+    baseline = {"subjects": {"micro_step[cutlass]": {"subject_ms": 70.04}}}
+    lines = table(kernels, baseline).splitlines()
+    assert "| CUTLASS ping-pong, best | 0.300 | 3.30 | 0.50 | 70.0 |" in lines
+    assert "| Triton, published tiles | 0.500 | 5.50 | 0.83 | - |" in lines
+    assert "| Triton, best | 0.450 | 4.95 | 0.75 | - |" in lines
+    assert "| CUTLASS cooperative, best | - | - | - | - |" in lines
