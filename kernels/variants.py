@@ -77,8 +77,8 @@ class Plan:
     max_swizzle: int = 1
 
 
-DPRE_PLAN = Plan("dpre_pingpong_128x128x64_c2x1_e64x64_source")
+DPRE_PLAN = Plan("dpre_pingpong_128x128x64_c1x2_e64x64_source")
 """Fastest backward on an H100 at the record's shape; see kernels/NOTES.md."""
 
-UP_PLAN = Plan("up_pingpong_128x128x64_c1x1_e64x32")
+UP_PLAN = Plan("up_pingpong_128x128x64_c1x1_e64x32", max_swizzle=2)
 """Fastest CUTLASS forward on an H100 at the record's shape; see kernels/NOTES.md."""
