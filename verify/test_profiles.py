@@ -1,6 +1,8 @@
 """Claims about profiles: every kernel finds its component, and the sums are the step."""
 
 import json
+import sys
+import types
 from pathlib import Path
 from typing import Any
 
@@ -317,3 +319,45 @@ def test_nsight_is_never_replaced_in_silence(
     assert "--nsight on: " in capsys.readouterr().err
     assert command.main(["kernel", "gemm", "--mlp", "reference"]) == 0
     assert "without Nsight Compute" in capsys.readouterr().out
+
+
+def test_nsight_reports_are_read_kernel_by_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every kernel of every range is read in launch order; a metric it lacks is left out."""
+
+    class Metric:
+        def as_double(self) -> float:
+            return 5.0
+
+    class Action:
+        def __init__(self, name: str) -> None:
+            self.kernel = name
+
+        def name(self) -> str:
+            return self.kernel
+
+        def metric_by_name(self, name: str) -> Metric | None:
+            return Metric() if name == nsight.TIME else None
+
+    class Range:
+        def __init__(self, *names: str) -> None:
+            self.names = names
+
+        def num_actions(self) -> int:
+            return len(self.names)
+
+        def action_by_idx(self, i: int) -> Action:
+            return Action(self.names[i])
+
+    class Report:
+        ranges = (Range("a", "b"), Range("c"))
+
+        def num_ranges(self) -> int:
+            return len(self.ranges)
+
+        def range_by_idx(self, i: int) -> Range:
+            return self.ranges[i]
+
+    fake = types.SimpleNamespace(load_report=lambda path: Report())
+    monkeypatch.setitem(sys.modules, "ncu_report", fake)
+    rows = nsight.read_report(Path("x.ncu-rep"), nsight.STEP_METRICS)
+    assert rows == [nsight.Row(name, {nsight.TIME: 5.0}) for name in "abc"]
