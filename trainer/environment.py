@@ -56,8 +56,9 @@ def _git(*arguments: str) -> str | None:
 
 
 def _module_command() -> list[str]:
-    script = Path(sys.argv[0])
-    module = script.parent.name if script.name == "__main__.py" else script.stem
+    """Name of the running module, and its arguments."""
+    spec = sys.modules["__main__"].__spec__
+    module = Path(sys.argv[0]).stem if spec is None else spec.name.removesuffix(".__main__")
     return [module, *sys.argv[1:]]
 
 

@@ -6,7 +6,7 @@ adds the claim to the message of a failing check.
 
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import wraps
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,8 @@ class Entry:
     outcome: str = "not run"
     reason: str = ""
     seconds: float = 0.0
+    variants: int = 1
+    """Parameter sets of the test that this entry stands for."""
     worst: tuple[float, str, float, float] | None = None
     """Largest error/allowed, with what was measured, the error and the allowed error."""
 
@@ -171,10 +173,12 @@ def render(sheet: Sheet) -> str:
     return "\n".join(lines) + "\n"
 
 
-_ORDER = ("failed", "passed", "expected failure", "skipped", "not run")
+_ORDER = ("failed", "passed", "expected failure", "skipped")
+"""Outcomes in the order they are shown; checks that were deselected are not."""
 
 
 def _table(outcome: str, entries: list[Entry]) -> list[str]:
+    entries = merged(entries)
     if outcome in ("skipped", "expected failure"):
         head = ["| claim | check | reason |", "| --- | --- | --- |"]
         return head + [f"| {_cell(e.claim)} | `{e.nodeid}` | {_cell(e.reason)} |" for e in entries]
@@ -185,8 +189,26 @@ def _table(outcome: str, entries: list[Entry]) -> list[str]:
     return head + [_row(e) for e in entries]
 
 
+def merged(entries: list[Entry]) -> list[Entry]:
+    """One entry for all parameters of a test: cases and seconds add up, the worst error stays."""
+    by_test: dict[str, Entry] = {}
+    for e in entries:
+        test = e.nodeid.split("[")[0]
+        if test not in by_test:
+            by_test[test] = replace(e, nodeid=test, cases=0, seconds=0.0, variants=0)
+        whole = by_test[test]
+        whole.variants += 1
+        whole.cases += e.cases
+        whole.seconds += e.seconds
+        if e.worst is not None:
+            whole.measured(*e.worst[1:])
+    return list(by_test.values())
+
+
 def _row(entry: Entry) -> str:
     cases = f"{entry.cases:,} generated" if entry.generated else "fixed"
+    if entry.variants > 1:
+        cases += f" over {entry.variants} variants"
     error, allowed = "exact", ""
     if entry.worst is not None:
         _, what, measured, limit = entry.worst
