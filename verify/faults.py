@@ -1,6 +1,11 @@
 """Every fault the checks must notice, by area."""
 
-from verify import faults_model
+from verify import faults_eval, faults_model, faults_optim, faults_quant
 from verify.fault import Fault
 
-FAULTS: list[Fault] = [*faults_model.FAULTS]
+FAULTS: list[Fault] = [
+    *faults_model.FAULTS,
+    *faults_optim.FAULTS,
+    *faults_quant.FAULTS,
+    *faults_eval.FAULTS,
+]
