@@ -10,7 +10,8 @@ import json
 import os
 import re
 import statistics
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,8 +27,9 @@ NOISE_MULTIPLE = 4.0
 NORMAL_OVER_MAD = 1.4826
 """Standard deviation of normal noise over its median absolute deviation; one disturbed
 measurement must not widen a margin."""
-TRIES = 3
-"""Measurements, first one included, before a subject is called slower."""
+PAUSES_S = (2.0, 8.0)
+"""Pauses before the second and the third measurement of a subject that looks slower: a neighbour
+that disturbs it may be gone by then."""
 NOISY_MARGIN = 0.25
 """A baseline with a margin above this is called noisy when it is written."""
 
@@ -61,7 +63,11 @@ class Verdict:
 
 
 def judge(
-    name: str, baseline: Baseline | None, measure: Callable[[], Measurement], where: str
+    name: str,
+    baseline: Baseline | None,
+    measure: Callable[[], Measurement],
+    where: str,
+    pauses_s: Sequence[float] = PAUSES_S,
 ) -> tuple[Verdict, list[Measurement]]:
     """Compare a subject with its baseline, measuring again while it looks too slow.
 
@@ -70,6 +76,7 @@ def judge(
         baseline: its baseline, if there is one.
         measure: times subject and reference once more.
         where: file the baseline was looked for in.
+        pauses_s: seconds to wait before each repetition; as many as there may be repetitions.
 
     Returns:
         The verdict, and all measurements made (one if the first was good).
@@ -85,7 +92,10 @@ def judge(
         )
         return Verdict(False, changed), made
     limit = baseline.ratio * (1 + baseline.margin)
-    while made[-1].ratio > limit and len(made) < TRIES:
+    for pause_s in pauses_s:
+        if made[-1].ratio <= limit:
+            break
+        time.sleep(pause_s)
         made.append(measure())
     best = min(m.ratio for m in made)
     change = best / baseline.ratio - 1

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from bench.measure import Case
-from bench.scale import Scale, gemm_reference, host_reference, one_layer
+from bench.scale import Scale, compression_reference, gemm_reference, host_reference, one_layer
 from trainer import artifact, calibrate
 from trainer.allocate import PruningOrder
 from trainer.artifact import Compressor
@@ -33,9 +33,9 @@ SHARDS = 8
 CALIBRATION_TOKENS = 32
 
 
-def _on_host(subject: Any, details: Any = dict) -> Case:
+def _on_host(subject: Any) -> Case:
     name, reference = host_reference()
-    return Case(subject, reference, name, "cpu", details)
+    return Case(subject, reference, name, "cpu")
 
 
 def _on_device(scale: Scale, subject: Any, gemms: int, details: Any = dict) -> Case:
@@ -161,7 +161,8 @@ def compression(scale: Scale, compressor: Compressor) -> Case:
         nonlocal size
         size = len(artifact.pack(packed, compressor))
 
-    return _on_host(run, lambda: {"bytes": size})
+    name, reference = compression_reference(compressor)
+    return Case(run, reference, name, "cpu", lambda: {"bytes": size})
 
 
 def scoring(scale: Scale, mode: SlotMode) -> Case:

@@ -3,15 +3,18 @@
 Letters: B windows of a micro-batch, T positions, N tokens, D width, V vocabulary.
 """
 
+import lzma
 import zlib
 from dataclasses import dataclass, replace
 from functools import cache
 
+import brotli
 import numpy as np
 import torch
 from torch import Tensor
 
 from bench.stopwatch import Subject
+from trainer.artifact import Compressor
 from trainer.config import MICRO_BATCHES, MlpBackend, ModelConfig, RunConfig
 from trainer.model import GPT
 from trainer.record import RECORD, SMOKE
@@ -109,6 +112,21 @@ def _cpu_products(repeats: int) -> Subject:
 
 
 def host_reference() -> tuple[str, Subject]:
-    """zlib over fixed bytes: byte-wise work of one core, like compression and data handling."""
-    data = np.random.default_rng(0).integers(0, 31, 1 << 19).astype(np.uint8).tobytes()
+    """zlib over fixed bytes: byte-wise work of one core, like data handling."""
+    data = _fixed_bytes(1 << 19)
     return "zlib-6 of 512 KiB", lambda number: zlib.compress(data, 6)
+
+
+def compression_reference(compressor: Compressor) -> tuple[str, Subject]:
+    """The bare library over fixed bytes: neighbours disturb it as much as the artifact's packing.
+
+    Another reference would not do: Brotli's tables live in memory, zlib's in the cache.
+    """
+    data = _fixed_bytes(1 << 18)
+    if compressor == "brotli":
+        return "Brotli-11 of 256 KiB", lambda number: brotli.compress(data, quality=11, lgwin=24)
+    return "LZMA-9 of 256 KiB", lambda number: lzma.compress(data, preset=9)
+
+
+def _fixed_bytes(count: int) -> bytes:
+    return np.random.default_rng(0).integers(0, 31, count).astype(np.uint8).tobytes()

@@ -23,6 +23,7 @@ from bench.stopwatch import Subject, times_interleaved
 
 ROOT = Path(__file__).resolve().parents[1]
 REFERENCE = "a fixed product"
+NO_PAUSES = (0.0, 0.0)
 
 
 def measured(ratio: float, reference: str = REFERENCE) -> Measurement:
@@ -52,14 +53,14 @@ def test_limit_lies_exactly_at_the_margin(ratio: float, noise: float) -> None:
     baseline = Baseline(REFERENCE, (ratio * (1 - noise), ratio, ratio * (1 + noise)))
     limit = ratio * (1 + max(0.03, 4 * 1.4826 * noise))
     below, above = limit * (1 - 1e-9), limit * (1 + 1e-9)
-    assert judge("s", baseline, script(below), "x.json")[0].passed
-    assert not judge("s", baseline, script(above, above, above), "x.json")[0].passed
+    assert judge("s", baseline, script(below), "x.json", NO_PAUSES)[0].passed
+    assert not judge("s", baseline, script(above, above, above), "x.json", NO_PAUSES)[0].passed
 
 
 def test_a_failure_names_the_subject_and_both_figures() -> None:
     """A regression's message holds the subject, its ratio, the baseline and the margin."""
     baseline = Baseline(REFERENCE, (2.0, 2.0))
-    verdict, made = judge("mlp_dpre", baseline, script(2.7, 2.6, 2.8), "x.json")
+    verdict, made = judge("mlp_dpre", baseline, script(2.7, 2.6, 2.8), "x.json", NO_PAUSES)
     assert not verdict.passed
     assert len(made) == 3
     for part in ("mlp_dpre", "2.6000", "2.0000", "+30.0%", "3.0%", REFERENCE):
@@ -69,10 +70,10 @@ def test_a_failure_names_the_subject_and_both_figures() -> None:
 def test_one_disturbed_measurement_is_not_a_regression() -> None:
     """A slow measurement is repeated, and a good one among three passes the subject."""
     baseline = Baseline(REFERENCE, (2.0, 2.0))
-    verdict, made = judge("s", baseline, script(2.7, 2.7, 2.0), "x.json")
+    verdict, made = judge("s", baseline, script(2.7, 2.7, 2.0), "x.json", NO_PAUSES)
     assert verdict.passed
     assert [m.ratio for m in made] == [2.7, 2.7, 2.0]
-    assert len(judge("s", baseline, script(2.01), "x.json")[1]) == 1
+    assert len(judge("s", baseline, script(2.01), "x.json", NO_PAUSES)[1]) == 1
 
 
 def test_a_missing_or_foreign_baseline_fails() -> None:
@@ -82,7 +83,7 @@ def test_a_missing_or_foreign_baseline_fails() -> None:
     assert "some-gpu.json" in verdict.message
     assert "--update-baseline" in verdict.message
     other = Baseline("another product", (1.0,))
-    verdict, _ = judge("s", other, script(1.0), "x.json")
+    verdict, _ = judge("s", other, script(1.0), "x.json", NO_PAUSES)
     assert not verdict.passed
     assert "another product" in verdict.message
 
@@ -96,11 +97,15 @@ def test_recorded_noise_is_not_flagged_and_a_slowdown_is(noise: float) -> None:
     for _ in range(trials):
         baseline = Baseline(REFERENCE, tuple(rng.gauss(1, noise) for _ in range(6)))
         runs = [
-            judge("s", baseline, lambda: measured(rng.gauss(1, noise)), "x.json")[0].passed
+            judge("s", baseline, lambda: measured(rng.gauss(1, noise)), "x.json", NO_PAUSES)[
+                0
+            ].passed
             for _ in range(10)
         ]
         flagged += not all(runs)
-        slowed = judge("s", baseline, lambda: measured(1.3 * rng.gauss(1, noise)), "x.json")[0]
+        slowed = judge(
+            "s", baseline, lambda: measured(1.3 * rng.gauss(1, noise)), "x.json", NO_PAUSES
+        )[0]
         caught += not slowed.passed
     assert flagged <= 0.02 * trials
     # Six draws of 3 % noise can look like 5 %, whose margin is wider than the slowdown.
@@ -131,9 +136,11 @@ def test_real_code_made_slower_is_caught_and_the_same_code_is_not() -> None:
     # A busy test machine jumps by more than its noise of a moment ago: spread the baseline.
     ratios = tuple(measure(same, budget_s).ratio for _ in range(8))
     baseline = Baseline(REFERENCE, ratios)
-    verdicts = [judge("s", baseline, lambda: measure(same, budget_s), "x")[0] for _ in range(10)]
+    verdicts = [
+        judge("s", baseline, lambda: measure(same, budget_s), "x", NO_PAUSES)[0] for _ in range(10)
+    ]
     assert [v.message for v in verdicts if not v.passed] == []
-    assert not judge("s", baseline, lambda: measure(slowed, budget_s), "x")[0].passed
+    assert not judge("s", baseline, lambda: measure(slowed, budget_s), "x", NO_PAUSES)[0].passed
 
 
 def test_measure_pairs_subject_and_reference_by_round(monkeypatch: pytest.MonkeyPatch) -> None:
