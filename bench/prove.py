@@ -25,6 +25,7 @@ from trainer import environment, files
 REPEATS = 10
 BASELINE_MEASUREMENTS = 6
 CALLS, SLOWED_CALLS = 3, 4
+PAUSES_S = (0.5, 1.0)
 
 
 @dataclass(frozen=True)
@@ -63,10 +64,10 @@ def prove(name: str, case: Case, budget_s: float) -> dict[str, Any]:
     ratios = [measure(same, budget_s).ratio for _ in range(BASELINE_MEASUREMENTS)]
     baseline = gate.Baseline(case.reference_name, tuple(ratios))
     verdicts = [
-        gate.judge(name, baseline, lambda: measure(same, budget_s), "this run")[0]
+        gate.judge(name, baseline, lambda: measure(same, budget_s), "this run", PAUSES_S)[0]
         for _ in range(REPEATS)
     ]
-    verdict, _ = gate.judge(name, baseline, lambda: measure(slowed, budget_s), "this run")
+    verdict, _ = gate.judge(name, baseline, lambda: measure(slowed, budget_s), "this run", PAUSES_S)
     return {
         "baseline": baseline.ratio,
         "margin": baseline.margin,
