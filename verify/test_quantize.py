@@ -135,8 +135,13 @@ def _slow_gptq(w: np.ndarray, h: np.ndarray, bits: int, damping: float) -> np.nd
     return codes
 
 
-@given(seed=st.integers(0, 999), bits=widths, block=st.sampled_from([3, 8, 128]))
-def test_gptq_equals_the_papers_update(seed: int, bits: int, block: int) -> None:
+@given(
+    seed=st.integers(0, 999),
+    bits=widths,
+    block=st.sampled_from([3, 8, 128]),
+    damping=st.sampled_from([0.01, 1.0]),
+)
+def test_gptq_equals_the_papers_update(seed: int, bits: int, block: int, damping: float) -> None:
     """Codes equal a direct float64 program of the paper that re-inverts H for every column.
 
     Where the two differ, it must be by a rounding tie: the weights before rounding lie within
@@ -144,9 +149,9 @@ def test_gptq_equals_the_papers_update(seed: int, bits: int, block: int) -> None
     """
     generator = torch.Generator().manual_seed(seed)
     w, h = torch.randn(6, 16, generator=generator), _hessian("random", 16, generator)
-    settings = {**WHOLE, "block_columns": block}
+    settings = {**WHOLE, "block_columns": block, "damping": damping}
     fast = gptq(w[None], h[None], bits, **settings).codes_NRC[0]  # pyright: ignore[reportArgumentType]
-    slow = _slow_gptq(w.double().numpy(), h.double().numpy(), bits, 0.01)
+    slow = _slow_gptq(w.double().numpy(), h.double().numpy(), bits, damping)
     scales = row_scales(w[None], bits, 1.0)
     plain = round_to_nearest(w[None], scales, bits)
     slow_error = weighted_error(w[None], torch.from_numpy(slow)[None], scales, h[None])
@@ -236,12 +241,14 @@ def test_sensitivity_is_the_trace() -> None:
 
 @given(
     steps=st.lists(st.integers(1, 50), min_size=1, max_size=60),
-    limit=st.integers(0, 1500),
+    at=st.integers(0, 60),
+    off=st.integers(-1, 1),
     bend=st.floats(0.3, 3.0),
 )
-def test_search_finds_the_most_that_fits(steps: list[int], limit: int, bend: float) -> None:
-    """The search's answer fits, and with its eight tries it is the best or within the bracket."""
+def test_search_finds_the_most_that_fits(steps: list[int], at: int, off: int, bend: float) -> None:
+    """The search finds the largest count that fits a limit at, above or below any size."""
     sizes = np.cumsum([100, *steps])
+    limit = int(sizes[at % len(sizes)]) + off
     tried: list[int] = []
 
     def exact(n: int) -> int:

@@ -187,11 +187,12 @@ def _slow_slot(model: GPT, tokens: np.ndarray, config: EvalConfig, mode: SlotMod
     return nats
 
 
+@pytest.mark.parametrize("eps", [EvalConfig.slot_eps, 0.1])
 @pytest.mark.parametrize("mode", ["shared", "context"])
-def test_slot_equals_an_independent_program(mode: SlotMode) -> None:
+def test_slot_equals_an_independent_program(mode: SlotMode, eps: float) -> None:
     """SLOT equals explicit loops with AdamW and the head's gradient written by hand."""
     model, tokens = random_model(), _tokens(T + 40)
-    config = EvalConfig(stride=7, batch_windows=3, slot_lr=0.05)
+    config = EvalConfig(stride=7, batch_windows=3, slot_lr=0.05, slot_eps=eps)
     result = score(model, tokens, _sizes(), config, mode)
     expected = _slow_slot(model, tokens, config, mode)
     plain = score(model, tokens, _sizes(), config)
