@@ -83,9 +83,9 @@ def main() -> int:
     w_up *= c.width**-0.5
     w_down *= c.mlp_width**-0.5
     act_grad, post = reference.up_activation(x, w_up)
-    compiled_norm, compiled_post, compiled_two = map(
-        torch.compile, (norm, recomputed_post, down_in_two)
-    )
+    compiled_norm = torch.compile(norm)
+    compiled_post = torch.compile(recomputed_post)
+    compiled_two = torch.compile(down_in_two)
     subjects: dict[str, Subject] = {
         "norm": lambda i: compiled_norm(x),
         "recompute": lambda i: compiled_post(act_grad),

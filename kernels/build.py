@@ -176,6 +176,7 @@ def instantiate(variant: Variant) -> str:
         "EN": variant.epilogue[1],
         "SCHEDULE": variant.schedule,
         "OPERAND": variant.operand,
+        "STORES": variant.stores,
         "NAME": variant.name,
     }
     for key, value in values.items():

@@ -17,6 +17,7 @@ class Variant:
         epilogue: rows and columns the epilogue handles at a time.
         schedule: `PingPong` (two consumer groups take turns with whole tiles, so that one's
             epilogue hides behind the other's main loop) or `Cooperative` (both share a tile).
+        stores: pieces of the epilogue that may be on their way to memory at once.
         operand: where `dpre` takes act_grad from: an auxiliary load, or the GEMM's C operand.
     """
 
@@ -25,6 +26,7 @@ class Variant:
     cluster: Pair
     epilogue: Pair
     schedule: Literal["PingPong", "Cooperative"]
+    stores: int = 2
     operand: Literal["kAux", "kSource"] = "kAux"
 
     @property
@@ -35,17 +37,19 @@ class Variant:
         epilogue = "x".join(map(str, self.epilogue))
         schedule = {"PingPong": "pingpong", "Cooperative": "cooperative"}[self.schedule]
         operand = f"_{self.operand[1:].lower()}" if self.op == "dpre" else ""
-        return f"{self.op}_{schedule}_{shape}_c{cluster}_e{epilogue}{operand}"
+        return f"{self.op}_{schedule}_{shape}_c{cluster}_e{epilogue}_s{self.stores}{operand}"
 
 
 _ALL = (
-    Variant("dpre", (128, 128, 64), (1, 2), (64, 64), "PingPong", "kSource"),
-    Variant("dpre", (128, 128, 64), (2, 1), (64, 64), "PingPong", "kSource"),
-    Variant("dpre", (128, 128, 64), (1, 1), (64, 64), "PingPong", "kSource"),
+    Variant("dpre", (128, 128, 64), (1, 2), (64, 64), "PingPong", operand="kSource"),
+    Variant("dpre", (128, 128, 64), (2, 1), (64, 64), "PingPong", operand="kSource"),
+    Variant("dpre", (128, 128, 64), (1, 1), (64, 64), "PingPong", operand="kSource"),
     Variant("dpre", (128, 128, 64), (1, 1), (64, 32), "PingPong"),
-    Variant("dpre", (128, 256, 64), (2, 1), (128, 64), "Cooperative", "kSource"),
-    Variant("up", (128, 128, 64), (1, 1), (64, 32), "PingPong"),
+    Variant("dpre", (128, 256, 64), (2, 1), (128, 64), "Cooperative", operand="kSource"),
+    Variant("up", (128, 128, 64), (2, 1), (64, 32), "PingPong", stores=4),
     Variant("up", (128, 128, 64), (2, 1), (64, 32), "PingPong"),
+    Variant("up", (128, 128, 64), (1, 1), (64, 32), "PingPong", stores=4),
+    Variant("up", (128, 128, 64), (1, 1), (64, 32), "PingPong"),
     Variant("up", (128, 256, 64), (2, 1), (128, 64), "Cooperative"),
 )
 """Fastest first, then what the kernel table compares it with; kernels/NOTES.md has those tried
@@ -70,8 +74,8 @@ class Plan:
     max_swizzle: int = 1
 
 
-DPRE_PLAN = Plan("dpre_pingpong_128x128x64_c1x2_e64x64_source")
+DPRE_PLAN = Plan("dpre_pingpong_128x128x64_c1x2_e64x64_s2_source")
 """Fastest backward on an H100 at the record's shape; see kernels/NOTES.md."""
 
-UP_PLAN = Plan("up_pingpong_128x128x64_c1x1_e64x32", max_swizzle=2)
+UP_PLAN = Plan("up_pingpong_128x128x64_c2x1_e64x32_s4", max_swizzle=2)
 """Fastest CUTLASS forward on an H100 at the record's shape; see kernels/NOTES.md."""

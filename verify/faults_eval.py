@@ -168,6 +168,21 @@ FAULTS = [
         _KERNELS,
     ),
     Fault(
+        "kernels/tiles.py",
+        "the forward tile with too few warps for its registers",
+        "PUBLISHED_FORWARD = Tile(128, 256, 64, warps=8",
+        "PUBLISHED_FORWARD = Tile(128, 256, 64, warps=4",
+        ("verify/test_hopper_code.py",),
+    ),
+    Fault(
+        "kernels/backward_triton.py",
+        "float32 operands, which the warp-group instructions do not take",
+        "product = tl.dot(go.load([m, k]), w_down.load([k, n]), product)",
+        "a, b = go.load([m, k]).to(tl.float32), w_down.load([k, n]).to(tl.float32)\n"
+        "            product = tl.dot(a, b, product, input_precision='ieee')",
+        ("verify/test_hopper_code.py",),
+    ),
+    Fault(
         "kernels/checks.py",
         "alignment of widths not checked",
         "if tensor.shape[1] % ROW_UNIT:",

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from kernels import build, checks, cutlass, reference
 from kernels.variants import DPRE_PLAN, UP_PLAN, VARIANTS, Plan, Variant
+from verify import hopper_code
 from verify.tolerance import check, kernel_budget, relative_error
 
 BF16 = torch.bfloat16
@@ -29,12 +30,12 @@ NO_DEVICE = 999
 
 @pytest.mark.parametrize("variant", VARIANTS.values(), ids=list(VARIANTS))
 def test_source_of_a_variant_has_its_numbers(variant: Variant) -> None:
-    """Each variant's source holds its tile, cluster, epilogue and schedule, in this order."""
+    """Each variant's source holds its tile, cluster, epilogue, schedule and stores, in order."""
     source = build.instantiate(variant)
     assert "@" not in source
     numbers = [int(n) for n in re.findall(r"cute::Int<(\d+)>", source)]
     assert numbers == [*variant.tile, *variant.cluster, 1, *variant.epilogue]
-    assert re.search(rf"fairway::{variant.schedule}>;", source)
+    assert re.search(rf"fairway::{variant.schedule}, {variant.stores}>;", source)
     assert f"int fairway_{variant.name}(" in source
     if variant.op == "dpre":
         assert f"fairway::Operand::{variant.operand}>" in source
@@ -360,26 +361,16 @@ def default_library() -> Path:
 @pytest.mark.timeout(900)
 def test_machine_code_uses_hoppers_own_instructions(default_library: Path) -> None:
     """The compiled kernel has warp-group matrix, bulk-copy and register-handover instructions."""
-    beside = Path(build.find_nvcc()).resolve().parent / "cuobjdump"
-    cuobjdump = str(beside) if beside.exists() else _cuobjdump_of_triton()
-    command = [cuobjdump, "-sass", str(default_library)]
-    listing = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    assert "sm_90a" in listing
-    opcodes = Counter(re.findall(r"\b([A-Z][A-Z0-9]+)(?:\.[\w.]+)? ", listing))
+    code = hopper_code.read(default_library)
+    assert code.target == "sm_90a"
     rows, columns, depth = VARIANTS[DPRE_PLAN.variant].tile
     instructions = (rows // 64) * (columns / 256) * (depth // 16)  # 64 x 256 x 16 at most each
-    assert opcodes["HGMMA"] >= instructions
-    assert opcodes["HMMA"] == 0
-    assert opcodes["UTMALDG"] >= 3  # go, w_down, act_grad
-    assert opcodes["UTMASTG"] >= 1
-    assert opcodes["USETMAXREG"] == 2  # producer gives registers up, consumers take them
-    assert opcodes["LDL"] == opcodes["STL"] == 0
-
-
-def _cuobjdump_of_triton() -> str:
-    import triton
-
-    return str(Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump")
+    assert code.opcodes["HGMMA"] >= instructions
+    assert code.opcodes["HMMA"] == 0
+    assert code.opcodes["UTMALDG"] >= 3  # go, w_down, act_grad
+    assert code.opcodes["UTMASTG"] >= 1
+    assert code.opcodes["USETMAXREG"] == 2  # producer gives registers up, consumers take them
+    assert code.opcodes["LDL"] == code.opcodes["STL"] == 0
 
 
 @pytest.mark.nvcc
