@@ -77,5 +77,5 @@ class Plan:
 DPRE_PLAN = Plan("dpre_pingpong_128x128x64_c1x2_e64x64_s2_source")
 """Fastest backward on an H100 at the record's shape; see kernels/NOTES.md."""
 
-UP_PLAN = Plan("up_pingpong_128x128x64_c2x1_e64x32_s4", max_swizzle=2)
+UP_PLAN = Plan("up_pingpong_128x128x64_c1x1_e64x32_s2", max_swizzle=2)
 """Fastest CUTLASS forward on an H100 at the record's shape; see kernels/NOTES.md."""
