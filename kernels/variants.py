@@ -46,10 +46,10 @@ _ALL = (
     Variant("dpre", (128, 128, 64), (1, 1), (64, 64), "PingPong", operand="kSource"),
     Variant("dpre", (128, 128, 64), (1, 1), (64, 32), "PingPong"),
     Variant("dpre", (128, 256, 64), (2, 1), (128, 64), "Cooperative", operand="kSource"),
-    Variant("up", (128, 128, 64), (2, 1), (64, 32), "PingPong", stores=4),
-    Variant("up", (128, 128, 64), (2, 1), (64, 32), "PingPong"),
-    Variant("up", (128, 128, 64), (1, 1), (64, 32), "PingPong", stores=4),
     Variant("up", (128, 128, 64), (1, 1), (64, 32), "PingPong"),
+    Variant("up", (128, 128, 64), (1, 1), (64, 32), "PingPong", stores=4),
+    Variant("up", (128, 128, 64), (2, 1), (64, 32), "PingPong"),
+    Variant("up", (128, 128, 64), (2, 1), (64, 32), "PingPong", stores=4),
     Variant("up", (128, 256, 64), (2, 1), (128, 64), "Cooperative"),
 )
 """Fastest first, then what the kernel table compares it with; kernels/NOTES.md has those tried
