@@ -66,6 +66,8 @@ class Session:
         self.update = bool(config.getoption("--update-baseline"))
         self.extend = bool(config.getoption("--extend-baseline"))
         self.budget_s = float(config.getoption("--budget-s") or 0)
+        now = datetime.datetime.now(datetime.UTC).strftime("%Y%m%d-%H%M%S")
+        self.stored = gate.RUNS / f"{now}.json"
         self.measured: dict[str, list[Measurement]] = {}
         self.lines: list[str] = []
 
@@ -82,28 +84,26 @@ class Session:
             verdict, made = gate.judge(name, self.baselines.get(name), once, where)
         self.measured[name] = made
         self.lines.append(verdict.message)
+        self._store(name, made)
         return verdict, made
 
-    def finish(self) -> None:
-        if not self.measured:
-            return
-        now = datetime.datetime.now(datetime.UTC).strftime("%Y%m%d-%H%M%S")
-        document = gate.document(self.environment, self.measured)
-        files.write_json(gate.RUNS / f"{now}.json", document)
+    def _store(self, name: str, made: list[Measurement]) -> None:
+        """Write what is measured so far: a run that is cut short keeps it."""
+        files.write_json(self.stored, gate.document(self.environment, self.measured))
         if self.update or self.extend:
+            latest = gate.document(self.environment, {name: made})
             old = json.loads(self.path.read_text()) if self.path.exists() else None
-            files.write_json(self.path, gate.merged(old, document, extend=self.extend))
+            files.write_json(self.path, gate.merged(old, latest, extend=self.extend))
 
 
 SESSION = pytest.StashKey[Session]()
 
 
 @pytest.fixture(scope="session")
-def bench_session(request: pytest.FixtureRequest) -> Iterator[Session]:
+def bench_session(request: pytest.FixtureRequest) -> Session:
     session = Session(request.config)
     request.config.stash[SESSION] = session
-    yield session
-    session.finish()
+    return session
 
 
 @pytest.fixture(scope="session")

@@ -16,7 +16,6 @@ from torch import Tensor
 from bench.measure import Case
 from bench.scale import Scale, compression_reference, gemm_reference, host_reference, one_layer
 from trainer import artifact, calibrate
-from trainer.allocate import PruningOrder
 from trainer.artifact import Compressor
 from trainer.average import Averages
 from trainer.config import MICRO_BATCHES, MlpBackend, SlotMode
@@ -25,6 +24,7 @@ from trainer.loader import Loader
 from trainer.model import GPT
 from trainer.optim import Optimizer
 from trainer.plan import Plan
+from trainer.prune import PruningOrder
 from trainer.quantize import QuantizedMatrix, QuantizedModel, quantize_matrices, with_matrices
 from trainer.scoring import scored_batches
 from trainer.windows import plan_windows

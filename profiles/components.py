@@ -14,6 +14,8 @@ OPTIMIZER_PHASES = ("optimizer", "average")
 GEMM_OPS = ("aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm", "aten::_scaled_mm")
 ATTENTION_WORDS = ("scaled_dot_product", "fmha", "flash_fprop", "flash_bprop", "flash_attention")
 GEMM_WORDS = ("nvjet", "gemm", "cublas", "xmma")
+COPY_KERNELS = ("memcpy", "memset")
+"""A copy or fill that a matrix product makes for itself counts as the product's."""
 COPY_OPS = ("aten::copy_", "aten::_to_copy", "aten::clone", "aten::contiguous")
 
 
@@ -66,7 +68,7 @@ def component(event: Event, sizes: Sizes) -> str:
         return "communication"
     if event.phase in OPTIMIZER_PHASES:
         return "optimizer" if event.phase == "optimizer" else "weight average"
-    if event.phase == "data" or name.startswith(("memcpy", "memset")):
+    if event.phase == "data":
         return "copies"
     if any(word in name or word in around for word in ATTENTION_WORDS):
         return f"attention {side}"
@@ -78,7 +80,7 @@ def component(event: Event, sizes: Sizes) -> str:
         return f"fused MLP {side}"
     if name.startswith("triton_"):
         return f"Inductor fusions {side}"
-    if any(op in COPY_OPS for op in event.ops):
+    if name.startswith(COPY_KERNELS) or any(op in COPY_OPS for op in event.ops):
         return "copies"
     if not event.phase or not event.ops:
         return UNATTRIBUTED

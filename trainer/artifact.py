@@ -10,7 +10,9 @@
 
 The payload is the tensors' raw bytes: for each quantized tensor its int8 codes row by row, those
 of equal bit width together; then every float16 number (scales and small tensors) split into a
-plane of high bytes and a plane of low bytes, which compress better apart.
+plane of high bytes and a plane of low bytes, which compress better apart. It is compressed in
+pieces of PIECE_BYTES, all at once on as many cores as there are; the header has their compressed
+lengths.
 
 Every damaged byte changes the digest. Sizes are bounded by the declared shapes before anything is
 allocated, and decompression stops at the declared length.
@@ -20,8 +22,10 @@ import hashlib
 import json
 import lzma
 import math
+import os
 import struct
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -44,6 +48,9 @@ DIGEST_BYTES = 32
 BROTLI_QUALITY = 11
 QUICK_QUALITY = 4
 """For files that live within a run, and for sizes that need only be proportional."""
+PIECE_BYTES = 1 << 21
+"""Raw bytes compressed on their own: codes hardly resemble each other, so that cutting costs some
+0.1 % in size, and a many-core machine is through in a tenth of the time."""
 MAX_HEADER_BYTES = 1 << 20
 MAX_PAYLOAD_BYTES = 1 << 28
 """Far above any model of the contest, far below a machine's memory."""
@@ -75,18 +82,24 @@ def pack(
 ) -> bytes:
     """The artifact's bytes. `quality` is Brotli's: 11 takes a minute on the record's model."""
     entries = _entries(packed)
+    raw = _payload(packed, entries)
+
+    def compressed(begin: int) -> bytes:
+        piece = raw[begin : begin + PIECE_BYTES]
+        if compressor == "brotli":
+            return brotli.compress(piece, quality=quality, lgwin=24)
+        return lzma.compress(piece, preset=9)
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:  # compressors release the interpreter lock
+        bodies = list(pool.map(compressed, range(0, len(raw), PIECE_BYTES)))
     header = {
         "model": asdict(packed.model_config),
         "compressor": compressor,
         "tensors": [[e.name, e.bits, e.shape] for e in entries],
+        "pieces": [len(body) for body in bodies],
     }
     text = json.dumps(header, separators=(",", ":")).encode()
-    raw = _payload(packed, entries)
-    if compressor == "brotli":
-        body = brotli.compress(raw, quality=quality, lgwin=24)
-    else:
-        body = lzma.compress(raw, preset=9)
-    data = PREFIX.pack(MAGIC, VERSION, len(text)) + text + body
+    data = PREFIX.pack(MAGIC, VERSION, len(text)) + text + b"".join(bodies)
     return data + hashlib.sha256(data).digest()
 
 
@@ -104,6 +117,7 @@ def unpack(data: bytes, source: str = "artifact") -> QuantizedModel:
         entries = [Entry(n, b, tuple(shape)) for n, b, shape in header["tensors"]]
         compressor: Compressor = header["compressor"]
         decompress = _DECOMPRESSORS[compressor]
+        lengths = [int(n) for n in header["pieces"]]
     except (KeyError, TypeError, ValueError, dacite.DaciteError, ConfigError) as error:
         raise ArtifactError(f"{source}: the header makes no sense ({error})") from error
     _check_entries(entries, config, source)
@@ -113,13 +127,21 @@ def unpack(data: bytes, source: str = "artifact") -> QuantizedModel:
             f"{source}: declares {size:,} bytes of weights, above the {MAX_PAYLOAD_BYTES:,} that "
             "any artifact may hold"
         )
-    try:
-        raw = decompress(body, size)
-    except (brotli.error, lzma.LZMAError) as error:
-        raise ArtifactError(f"{source}: the payload cannot be decompressed ({error})") from error
-    if len(raw) != size:
-        raise ArtifactError(f"{source}: the payload is not the {size:,} bytes the header declares")
-    return _read_payload(raw, entries, config)
+    begins = range(0, size, PIECE_BYTES)
+    if len(lengths) != len(begins) or min(lengths) < 0 or sum(lengths) != len(body):
+        raise ArtifactError(f"{source}: the pieces do not make up the {len(body):,} bytes there")
+    pieces: list[bytes] = []
+    at = 0
+    for begin, length in zip(begins, lengths, strict=True):
+        expected = min(PIECE_BYTES, size - begin)
+        try:
+            pieces.append(decompress(body[at : at + length], expected))
+        except (brotli.error, lzma.LZMAError) as error:
+            raise ArtifactError(f"{source}: a piece cannot be decompressed ({error})") from error
+        if len(pieces[-1]) != expected:
+            raise ArtifactError(f"{source}: a piece is not the {expected:,} bytes it should be")
+        at += length
+    return _read_payload(b"".join(pieces), entries, config)
 
 
 def load(path: Path) -> QuantizedModel:

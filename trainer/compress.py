@@ -1,18 +1,18 @@
 """From Hessians to the artifact: bits per matrix, GPTQ, pruning, exact accounting of bytes."""
 
 import hashlib
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from trainer import allocate, artifact, codesize, files
+from trainer import allocate, artifact, codesize, estimate, files
 from trainer.allocate import Sizer
 from trainer.config import QuantConfig, RunConfig
 from trainer.folder import RunFolder
 from trainer.model import GPT
 from trainer.progress import log
+from trainer.prune import prune_to_fit
 from trainer.quantize import QuantizedMatrix, QuantizedModel, quantize_matrices, with_matrices
 
 
@@ -73,7 +73,7 @@ def _budgeted(
 
     sizer = Sizer(
         lambda n: len(artifact.pack(candidate(n), quant.compressor)),
-        lambda n: quick_size(candidate(n)),
+        lambda n: estimate.packed_bytes(candidate(n)),
     )
     limit = quant.limit_bytes - codesize.code_bytes()
     count = max(0, allocate.most_that_fits(sizer, len(order), limit))
@@ -92,28 +92,20 @@ def write_artifact(config: RunConfig, folder: RunFolder) -> dict[str, Any]:
     quant = config.quant
     code_bytes = codesize.code_bytes()
     packed = artifact.load(folder.quantized)
+    data, pruned = prune_to_fit(
+        packed,
+        quant.limit_bytes - code_bytes,
+        pack=lambda m: artifact.pack(m, quant.compressor),
+    )
+    files.write_bytes(folder.artifact, data)
     baseline: artifact.Compressor = "lzma" if quant.compressor == "brotli" else "brotli"
-    with ThreadPoolExecutor(1) as pool:  # both compressors release the interpreter lock
-        baseline_size = pool.submit(lambda: len(artifact.pack(packed, baseline)))
-        data, pruned = allocate.prune_to_fit(
-            packed,
-            quant.limit_bytes - code_bytes,
-            pack=lambda m: artifact.pack(m, quant.compressor),
-            cheap=quick_size,
-        )
-        files.write_bytes(folder.artifact, data)
     return {
         "artifact_bytes": len(data),
         "code_bytes": code_bytes,
         "limit_bytes": quant.limit_bytes,
         "compressor": quant.compressor,
         "baseline_compressor": baseline,
-        "baseline_bytes": baseline_size.result(),
+        "baseline_bytes": len(artifact.pack(packed, baseline)),
         "pruned": pruned,
         "sha256": hashlib.sha256(data).hexdigest(),
     }
-
-
-def quick_size(packed: QuantizedModel) -> int:
-    """Container size in bytes at a low quality: a second, not a minute, and proportional."""
-    return len(artifact.pack(packed, quality=artifact.QUICK_QUALITY))

@@ -91,17 +91,24 @@ FAULTS = [
         _QUANT,
     ),
     Fault(
-        "trainer/allocate.py",
+        "trainer/prune.py",
         "pruning takes the largest scales first",
         "order = torch.cat(costs).argsort(stable=True)",
         "order = torch.cat(costs).argsort(stable=True, descending=True)",
         _QUANT,
     ),
     Fault(
-        "trainer/allocate.py",
+        "trainer/prune.py",
         "pruning takes codes of +-2",
         "(matrix.codes_RC.abs() == 1).flatten()",
         "(matrix.codes_RC.abs() == 2).flatten()",
+        _QUANT,
+    ),
+    Fault(
+        "trainer/prune.py",
+        "estimate leaves the pruned codes in place",
+        "gone[ones] = 0",
+        "gone[ones] *= 1",
         _QUANT,
     ),
     Fault(

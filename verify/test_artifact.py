@@ -5,6 +5,7 @@ import json
 import lzma
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import brotli
 import pytest
@@ -49,6 +50,14 @@ def packed_model(seed: int = 0, config: ModelConfig = SMALL) -> QuantizedModel:
 DATA = artifact.pack(packed_model())
 
 
+def _header(data: bytes) -> dict[str, Any]:
+    return json.loads(data[16 : 16 + int.from_bytes(data[12:16], "little")])
+
+
+def _body(data: bytes) -> bytes:
+    return data[16 + int.from_bytes(data[12:16], "little") : -32]
+
+
 def _same(a: QuantizedModel, b: QuantizedModel) -> None:
     assert a.model_config == b.model_config
     for ours, theirs in ((a.matrices, b.matrices), (a.tables, b.tables)):
@@ -80,6 +89,7 @@ def test_the_layout_is_as_documented() -> None:
     assert int.from_bytes(DATA[8:12], "little") == 1
     end = 16 + int.from_bytes(DATA[12:16], "little")
     header = json.loads(DATA[16:end])
+    assert header["pieces"] == [len(DATA) - end - 32], "a small model is one piece"
     raw = brotli.decompress(DATA[end:-32])
     assert hashlib.sha256(DATA[:-32]).digest() == DATA[-32:]
     packed = packed_model()
@@ -98,6 +108,23 @@ def test_the_layout_is_as_documented() -> None:
     assert len(raw) == at + 2 * halves
     widths = [bits for _, bits, _ in header["tensors"]]
     assert widths == sorted(widths), "codes of one alphabet lie together"
+
+
+@pytest.mark.parametrize("compressor", ["brotli", "lzma"])
+@pytest.mark.parametrize("piece_bytes", [1, 1000, 4096])
+def test_pieces_are_joined_in_order(
+    monkeypatch: pytest.MonkeyPatch, piece_bytes: int, compressor: artifact.Compressor
+) -> None:
+    """A payload compressed in pieces, the last one short, comes back to the bit."""
+    small = replace(SMALL, layers=1, value_embed_layers=(), bigram_buckets=3, vocab_size=2)
+    packed = packed_model(config=small)
+    whole = len(brotli.decompress(_body(artifact.pack(packed))))
+    monkeypatch.setattr(artifact, "PIECE_BYTES", piece_bytes)
+    data = artifact.pack(packed, compressor, quality=1)
+    lengths = _header(data)["pieces"]
+    assert len(lengths) == -(-whole // piece_bytes)
+    assert sum(lengths) == len(_body(data))
+    _same(artifact.unpack(data), packed)
 
 
 @given(st.data())
@@ -136,17 +163,16 @@ def _forged(
     *, header: dict[str, object] | None = None, body: bytes | None = None, version: int = 1
 ) -> bytes:
     """DATA with parts replaced and a digest that is right again: a malicious file."""
-    end = 16 + int.from_bytes(DATA[12:16], "little")
-    changed = {**json.loads(DATA[16:end]), **(header or {})}
+    kept = _body(DATA) if body is None else body
+    changed = {**_header(DATA), "pieces": [len(kept)], **(header or {})}
     text = json.dumps(changed).encode()
     forged = b"FAIRWAY\0" + version.to_bytes(4, "little") + len(text).to_bytes(4, "little")
-    forged += text + (DATA[end:-32] if body is None else body)
+    forged += text + kept
     return forged + hashlib.sha256(forged).digest()
 
 
 def _tensors(change: object) -> list[list[object]]:
-    end = 16 + int.from_bytes(DATA[12:16], "little")
-    tensors = json.loads(DATA[16:end])["tensors"]
+    tensors = _header(DATA)["tensors"]
     change(tensors)  # pyright: ignore[reportCallIssue]
     return tensors
 
@@ -169,12 +195,17 @@ def test_the_forger_works() -> None:
         (_forged(header={"tensors": _tensors(lambda t: t[0].__setitem__(1, 16))}), "16 bits"),
         (_forged(header={"tensors": _tensors(lambda t: t[0].__setitem__(2, [9, 9]))}), "declared"),
         (_forged(header={"tensors": _tensors(lambda t: t[0].__setitem__(2, [2**40, 1]))}), "decl"),
-        (_forged(body=b"not brotli"), "decompressed|payload"),
-        (_forged(body=brotli.compress(b"\0" * 10)), "payload"),
-        (_forged(body=brotli.compress(b"\0" * 10**8, quality=1)), "payload"),
+        (_forged(header={"pieces": "many"}), "makes no sense"),
+        (_forged(header={"pieces": []}), "pieces do not make up"),
+        (_forged(header={"pieces": [len(_body(DATA)) - 1]}), "pieces do not make up"),
+        (_forged(header={"pieces": [len(_body(DATA)), 0]}), "pieces do not make up"),
+        (_forged(header={"pieces": [-1]}), "pieces do not make up"),
+        (_forged(body=b"not brotli"), "decompressed"),
+        (_forged(body=brotli.compress(b"\0" * 10)), "not the .* bytes it should be"),
+        (_forged(body=brotli.compress(b"\0" * 10**8, quality=1)), "it should be"),
         (
             _forged(header={"compressor": "lzma"}, body=lzma.compress(b"\0" * 10**8, preset=0)),
-            "payload",
+            "it should be",
         ),
         (_forged(header={"compressor": "lzma"}), "decompressed"),
     ],

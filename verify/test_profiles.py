@@ -41,6 +41,8 @@ def kernel(
             "weight average",
         ),
         (kernel("Memcpy HtoD (Pinned -> Device)", (), ""), "copies"),
+        (kernel("Memset (Device)", ("aten::mm",), dims=((6, 8), (8, 16))), "GEMM other"),
+        (kernel("Memset (Device)", ("aten::zeros", "aten::zero_")), "copies"),
         (
             kernel(
                 "cudnn_generated_fort_native_sdpa_sm90_flash_fprop_wgmma_f16",
