@@ -7,10 +7,11 @@ Letters: N tokens, B windows.
 """
 
 from dataclasses import replace
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from bench.measure import Case
@@ -18,7 +19,7 @@ from bench.scale import Scale, compression_reference, gemm_reference, host_refer
 from trainer import artifact, calibrate
 from trainer.artifact import Compressor
 from trainer.average import Averages
-from trainer.config import MICRO_BATCHES, MlpBackend, SlotMode
+from trainer.config import MICRO_BATCHES, EvalConfig, MlpBackend, SlotMode
 from trainer.gptq import round_to_nearest, row_scales
 from trainer.loader import Loader
 from trainer.model import GPT
@@ -26,8 +27,8 @@ from trainer.optim import Optimizer
 from trainer.plan import Plan
 from trainer.prune import PruningOrder
 from trainer.quantize import QuantizedMatrix, QuantizedModel, quantize_matrices, with_matrices
-from trainer.scoring import scored_batches
-from trainer.windows import plan_windows
+from trainer.scoring import Programs, scored_batches
+from trainer.windows import Window, plan_windows
 
 SHARDS = 8
 CALIBRATION_TOKENS = 32
@@ -100,7 +101,7 @@ def training_step(scale: Scale, backend: MlpBackend) -> Case:
 
 def calibration(scale: Scale) -> Case:
     """32 tokens of calibration text for every sequence, through the KV cache."""
-    model = scale.model().requires_grad_(False)
+    model = scale.model(scale.config.mlp).requires_grad_(False)
     quant = scale.config.quant
 
     def run(i: int) -> None:
@@ -167,17 +168,49 @@ def compression(scale: Scale, compressor: Compressor) -> Case:
 
 def scoring(scale: Scale, mode: SlotMode) -> Case:
     """One batch of sliding windows (8 on a CPU), plain or with SLOT."""
-    model = scale.model().requires_grad_(False)
-    config = scale.config.eval
-    if not scale.cuda:
-        config = replace(config, batch_windows=8)
-    seq_len = scale.config.model.seq_len
-    tokens = seq_len + config.stride * config.batch_windows
-    stream_N = np.random.default_rng(0).integers(0, scale.config.model.vocab_size, tokens + 1)
-    windows = plan_windows(tokens, seq_len, config.stride)[1:]
+    model, config, stream_N, windows = _sliding(scale)
+    programs = Programs.of(model, compiled=scale.cuda)
 
     def run(i: int) -> None:
-        for _ in scored_batches(model, cast("Any", stream_N), windows, config, mode):
+        for _ in scored_batches(model, stream_N, windows, config, mode, programs):
             pass
 
     return _on_device(scale, run, 20)
+
+
+def straight_scoring(scale: Scale) -> Case:
+    """The same windows as published: every layer and the head for all positions, then a pick."""
+    model, config, stream_N, windows = _sliding(scale)
+    inputs_BT = torch.stack([torch.from_numpy(stream_N[w.first :][: w.length]) for w in windows])
+    targets_BT = torch.stack(
+        [torch.from_numpy(stream_N[w.first + 1 :][: w.length]) for w in windows]
+    )
+
+    def nats(x_BT: Tensor, y_BT: Tensor) -> Tensor:
+        logits_BTV = model.logits(model.hidden(x_BT))
+        losses = F.cross_entropy(logits_BTV.flatten(0, 1), y_BT.flatten(), reduction="none")
+        return losses.view_as(y_BT)[:, -config.stride :]
+
+    program: Any = torch.compile(nats, fullgraph=True, dynamic=False) if scale.cuda else nats
+
+    @torch.no_grad()
+    def run(i: int) -> None:
+        program(inputs_BT.to(scale.device), targets_BT.to(scale.device))
+
+    return _on_device(scale, run, 20)
+
+
+def _sliding(scale: Scale) -> tuple[GPT, EvalConfig, np.ndarray, list[Window]]:
+    """Model, settings, random tokens, and one batch of windows that score a stride each."""
+    model = scale.model(scale.config.mlp).requires_grad_(False)
+    config = scale.config.eval
+    if not scale.cuda:
+        config = replace(config, batch_windows=8)
+    tokens = scale.config.model.seq_len + config.stride * config.batch_windows
+    stream_N = np.random.default_rng(0).integers(0, scale.config.model.vocab_size, tokens + 1)
+    return (
+        model,
+        config,
+        stream_N,
+        plan_windows(tokens, scale.config.model.seq_len, config.stride)[1:],
+    )

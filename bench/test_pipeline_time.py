@@ -37,3 +37,7 @@ def test_compression(scale: Scale, timed: Timed, compressor: Compressor) -> None
 @pytest.mark.parametrize("slot", ["off", "context", "shared"])
 def test_scoring(scale: Scale, timed: Timed, slot: SlotMode) -> None:
     timed(cases.scoring(scale, slot))
+
+
+def test_straight_scoring(scale: Scale, timed: Timed) -> None:
+    timed(cases.straight_scoring(scale))

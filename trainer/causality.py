@@ -72,6 +72,5 @@ def _log_probabilities(
     windows = plan_windows(len(tokens) - 1, model.config.seq_len, config.stride)
     table = torch.empty(len(tokens) - 1, model.config.vocab_size)
     for batch in scored_batches(model, tokens, windows, config, mode):
-        rows = torch.from_numpy(batch.target_indices)
-        table[rows] = batch.logits_SV.log_softmax(-1).cpu()
+        table[batch.target_indices_S.cpu()] = batch.logits_SV.log_softmax(-1).cpu()
     return table

@@ -96,6 +96,7 @@ def _main(arguments: Arguments) -> None:
     if arguments.device == "cuda" and not torch.cuda.is_available():
         raise ConfigError("--device cuda: torch finds no CUDA GPU; use --device cpu")
     device = torch.device(arguments.device)
+    cuda = device.type == "cuda"
     model = load_artifact(arguments.artifact, device)
     tokens_N, sizes = stream_of(arguments, model)
     config = EvalConfig(stride=arguments.stride, batch_windows=arguments.batch_windows)
@@ -103,7 +104,9 @@ def _main(arguments: Arguments) -> None:
     for heading in ("SLOT", "causal (probed)", "nats/token", "bits/byte", "tokens", "seconds"):
         table.add_column(heading)
     for mode in arguments.slot:
-        result = score(model, tokens_N, sizes.to(device), config, mode, f"SLOT {mode}")
+        result = score(
+            model, tokens_N, sizes.to(device), config, mode, f"SLOT {mode}", compiled=cuda
+        )
         verdict = probe(model, tokens_N, config, mode)
         table.add_row(
             mode,

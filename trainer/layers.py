@@ -66,12 +66,21 @@ def causal_attention(
 
 
 def cached_attention(q_BTHK: Tensor, k_BSGK: Tensor, v_BSGK: Tensor, positions_T: Tensor) -> Tensor:
-    """Attention of new queries to a cache of S slots; slot s counts if s <= the position."""
-    q, k, v = (x.transpose(1, 2) for x in (q_BTHK, k_BSGK, v_BSGK))
-    slots_S = torch.arange(k.shape[2], device=k.device)
+    """Attention of few queries to S slots; slot s counts if s <= the query's position.
+
+    The query heads that share a key head are laid side by side as queries of one head, so that
+    keys are not repeated.
+    """
+    groups = k_BSGK.shape[2]
+    q_BTGRK = q_BTHK.unflatten(2, (groups, -1))
+    repeats = q_BTGRK.shape[3]
+    q = q_BTGRK.permute(0, 2, 3, 1, 4).flatten(2, 3)
+    slots_S = torch.arange(k_BSGK.shape[1], device=k_BSGK.device)
     seen_TS = slots_S[None, :] <= positions_T[:, None]
-    y = F.scaled_dot_product_attention(q, k, v, attn_mask=seen_TS, enable_gqa=True)
-    return y.transpose(1, 2)
+    y = F.scaled_dot_product_attention(
+        q, k_BSGK.transpose(1, 2), v_BSGK.transpose(1, 2), attn_mask=seen_TS.repeat(repeats, 1)
+    )
+    return y.unflatten(2, (repeats, -1)).permute(0, 3, 1, 2, 4).flatten(2, 3)
 
 
 def exclude_self(y_BTHK: Tensor, v_BTGK: Tensor) -> Tensor:

@@ -174,7 +174,12 @@ class GPT(nn.Module):
         )
 
     def hidden(
-        self, ids_BT: Tensor, *, cache: KVCache | None = None, observe: Observer | None = None
+        self,
+        ids_BT: Tensor,
+        *,
+        cache: KVCache | None = None,
+        observe: Observer | None = None,
+        last: int | None = None,
     ) -> Tensor:
         """Last hidden state after the final RMSNorm, [B, T, D] in the compute dtype.
 
@@ -182,7 +187,11 @@ class GPT(nn.Module):
             ids_BT: int64 token ids, T <= seq_len.
             cache: continue the cached sequences; the cache is advanced in place.
             observe: called with every input of a quantized matrix.
+            last: only the states of this many last positions are wanted, [B, last, D]; the last
+                layer is spared the rest. Not together with `cache`.
         """
+        if cache is not None and last is not None:
+            raise ValueError("`last` picks positions of a whole window: leave out `cache`")
         weights = self._cast_weights()
         positions_T = torch.arange(ids_BT.shape[1], device=ids_BT.device)
         if cache is not None:
@@ -196,8 +205,9 @@ class GPT(nn.Module):
             if i >= self.encoder_layers and skips:
                 j = i - self.encoder_layers
                 x = x + self.skip_weights[j].to(x.dtype) * skips.pop()
+            wanted = last if i == self.config.layers - 1 else None
             x = self._block(
-                i, x, x0, weights, rotary, positions_T, value_embeds.get(i), cache, observe
+                i, x, x0, weights, rotary, positions_T, value_embeds.get(i), cache, observe, wanted
             )
             if i < self.encoder_layers:
                 skips.append(x)
@@ -264,15 +274,21 @@ class GPT(nn.Module):
         value_embed: Tensor | None,
         cache: KVCache | None,
         observe: Observer | None,
+        last: int | None = None,
     ) -> Tensor:
-        """Block i: mix in x0, attend, then the MLP, each as a scaled residual."""
+        """Block i: mix in x0, attend, then the MLP, each as a scaled residual.
+
+        With `last`, only that many last positions attend and pass on.
+        """
         block = self.block(i)
         dtype, damp = x.dtype, 1 / math.sqrt(i + 1)
         mix = block.resid_mix.to(dtype)
         u = mix[0] * x + mix[1] * x0
         attended = self._attention(
-            i, rms_norm(u) * damp, weights, rotary, positions_T, value_embed, cache, observe
+            i, rms_norm(u) * damp, weights, rotary, positions_T, value_embed, cache, observe, last
         )
+        if last is not None:
+            u = u[:, -last:]
         x = u + block.attn_scale.to(dtype) * attended
         normed = rms_norm(x) * damp
         y, post = mlp(normed, weights.up[i], weights.down[i], backend=self.mlp_backend)
@@ -291,25 +307,32 @@ class GPT(nn.Module):
         value_embed: Tensor | None,
         cache: KVCache | None,
         observe: Observer | None,
+        last: int | None = None,
     ) -> Tensor:
-        """Grouped-query attention with normalised q and k, partial rotary and XSA."""
+        """Grouped-query attention with normalised q and k, partial rotary and XSA.
+
+        With `last`, only that many last positions have queries.
+        """
         c, L = self.config, self.config.layers
-        q = F.linear(x, weights.qo[i]).unflatten(-1, (c.query_heads, c.head_size))
+        tail = slice(None) if last is None else slice(-last, None)
+        q = F.linear(x[:, tail], weights.qo[i]).unflatten(-1, (c.query_heads, c.head_size))
         k = F.linear(x, weights.kv[i]).unflatten(-1, (c.kv_heads, c.head_size))
         v = F.linear(x, weights.kv[L + i])
         if value_embed is not None:
             v = v + value_embed
         v = v.unflatten(-1, (c.kv_heads, c.head_size))
         gain = self.block(i).attn.q_gain.to(x.dtype)[:, None]
-        q = layers.rotate(rms_norm(q), *rotary) * gain
+        q = layers.rotate(rms_norm(q), *(table[tail] for table in rotary)) * gain
         k = layers.rotate(rms_norm(k), *rotary)
-        if cache is None:
+        if cache is None and last is None:
             y = layers.causal_attention(q, k, v, self.attention_backend)
+        elif cache is None:
+            y = layers.cached_attention(q, k, v, positions_T[tail])
         else:
             cache.k_LBTGK[i].index_copy_(1, positions_T, k)
             cache.v_LBTGK[i].index_copy_(1, positions_T, v)
             y = layers.cached_attention(q, cache.k_LBTGK[i], cache.v_LBTGK[i], positions_T)
-        y = layers.exclude_self(y, v).flatten(2)
+        y = layers.exclude_self(y, v[:, tail]).flatten(2)
         if observe is not None:
             observe(tuple(f"blocks.{i}.{m}" for m in "qkv"), x)
             observe((f"blocks.{i}.out",), y)

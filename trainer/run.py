@@ -116,7 +116,10 @@ class _Run:
         return score(self.model, self.val_N, self.sizes, whole).summary()
 
     def _sliding_score(self, mode: SlotMode) -> dict[str, Any]:
-        return score(self.model, self.val_N, self.sizes, self.config.eval, mode).summary()
+        scored = score(
+            self.model, self.val_N, self.sizes, self.config.eval, mode, compiled=self.config.compile
+        )
+        return scored.summary()
 
     # Quantization needs no peers: rank 0 does it, the others wait for the artifact.
 

@@ -1,12 +1,14 @@
 """Scores: nats per token and bits per byte of a token stream, plain or with SLOT.
 
+The stream lies on the device, and nothing is read back before the end: the GPU never waits.
+
 Letters: N tokens, B windows, T positions, D width, V vocabulary, S scored positions of a batch.
 """
 
 import dataclasses
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -51,12 +53,30 @@ class Score:
 
 @dataclass(frozen=True)
 class ScoredBatch:
-    """Logits of the positions a batch scores, and the targets they belong to."""
+    """Logits of the positions a batch scores, and the targets they belong to; on the device."""
 
-    target_indices: np.ndarray
+    target_indices_S: Tensor
     logits_SV: Tensor
     targets_S: Tensor
     previous_S: Tensor
+
+
+@dataclass(frozen=True)
+class Programs:
+    """The two programs that do nearly all the work of scoring."""
+
+    hidden: Callable[..., Tensor]
+    offset_gradient: adapt.Gradient = adapt.offset_gradient
+
+    @classmethod
+    def of(cls, model: GPT, *, compiled: bool) -> "Programs":
+        """Those of `model`, as they are or through torch.compile."""
+        if not compiled:
+            return cls(model.hidden)
+        return cls(
+            torch.compile(model.hidden, fullgraph=True, dynamic=False),
+            torch.compile(adapt.offset_gradient, fullgraph=True, dynamic=False),
+        )
 
 
 def bits_per_byte(nats: float, tokens: int, text_bytes: int) -> float:
@@ -71,6 +91,7 @@ def score(
     config: EvalConfig,
     slot: SlotMode = "off",
     label: str = "scoring",
+    compiled: bool = False,
 ) -> Score:
     """Score every target of a stream once, through sliding windows; ranks share the batches.
 
@@ -81,30 +102,33 @@ def score(
         config: stride, batch and SLOT's settings.
         slot: SLOT mode.
         label: what the progress display says.
+        compiled: run full batches through torch.compile; worth it for many.
 
     Raises:
         ConfigError: nothing to score, or a stride that does not fit.
     """
     started = time.perf_counter()
-    nats = torch.zeros(len(tokens_N) - 1, dtype=torch.float64)
-    text_bytes = 0
+    device = model.qo_bank.device
+    nats = torch.zeros(len(tokens_N) - 1, dtype=torch.float64, device=device)
+    text_bytes = torch.zeros((), dtype=torch.float64, device=device)
     windows = plan_windows(len(tokens_N) - 1, model.config.seq_len, config.stride)
     batches = -(-len(windows) // config.batch_windows)
+    programs = Programs.of(model, compiled=compiled)
     with progress(label, batches) as advance:
-        for batch in scored_batches(model, tokens_N, windows, config, slot):
+        for batch in scored_batches(model, tokens_N, windows, config, slot, programs):
             losses = F.cross_entropy(batch.logits_SV, batch.targets_S, reduction="none")
-            nats[torch.from_numpy(batch.target_indices)] = losses.double().cpu()
-            text_bytes += int(sizes.count(batch.targets_S, batch.previous_S).sum())
+            nats[batch.target_indices_S] = losses.double()
+            text_bytes += sizes.count(batch.targets_S, batch.previous_S).sum()
             advance(_world_size())
-    nats, text_bytes = _sum_over_ranks(nats, text_bytes, model.qo_bank.device)
+        nats, total_bytes = _sum_over_ranks(nats, text_bytes)  # waits for the device
     mean = nats.mean().item()
     return Score(
         mode=slot,
         causal=slot != "shared",
         nats=mean,
-        bpb=bits_per_byte(mean, len(nats), text_bytes),
+        bpb=bits_per_byte(mean, len(nats), total_bytes),
         tokens=len(nats),
-        bytes=text_bytes,
+        bytes=total_bytes,
         stride=config.stride,
         score_seconds=time.perf_counter() - started,
         target_nats=nats.numpy(),
@@ -118,37 +142,79 @@ def full_windows(config: EvalConfig, seq_len: int) -> EvalConfig:
 
 @torch.no_grad()
 def scored_batches(
-    model: GPT, tokens_N: np.ndarray, windows: list[Window], config: EvalConfig, slot: SlotMode
+    model: GPT,
+    tokens_N: np.ndarray,
+    windows: list[Window],
+    config: EvalConfig,
+    slot: SlotMode,
+    programs: Programs | None = None,
 ) -> Iterator[ScoredBatch]:
     """Logits of every scored position, batch by batch; this rank's batches only."""
     device = model.qo_bank.device
+    plain = Programs.of(model, compiled=False)
+    stream_N = torch.from_numpy(tokens_N.astype(np.int64)).to(device)
+    steps_T = torch.arange(windows[0].length, device=device)
     batches = [
         windows[at : at + config.batch_windows]
         for at in range(0, len(windows), config.batch_windows)
     ]
     for batch in batches[_rank() :: _world_size()]:
-        at = np.stack([np.arange(w.first, w.first + w.length) for w in batch])
-        inputs_BT = torch.from_numpy(tokens_N[at].astype(np.int64)).to(device)
-        targets_BT = torch.from_numpy(tokens_N[at + 1].astype(np.int64)).to(device)
-        scored = np.stack([np.arange(w.length) >= w.length - w.new for w in batch])
-        scored_BT = torch.from_numpy(scored).to(device)
-        hidden_BTD = model.hidden(inputs_BT)
-        if slot == "shared":
-            delta = adapt.fit_shared(model, hidden_BTD, targets_BT, config)
-        elif slot == "context":
-            delta = adapt.fit_context(model, hidden_BTD, targets_BT, scored_BT, config)
-        else:
-            delta = None
-        # The head is wanted for the scored positions alone: 64 of 2048 in the record.
-        hidden_SD = hidden_BTD[scored_BT]
-        if delta is not None:
-            hidden_SD = adapt.shift(hidden_SD, delta.expand(hidden_BTD.shape)[scored_BT])
-        yield ScoredBatch(
-            target_indices=at[scored],
-            logits_SV=model.logits(hidden_SD),
-            targets_S=targets_BT[scored_BT],
-            previous_S=inputs_BT[scored_BT],
+        # Batches of another shape are few: the first, whose first window scores all, and the last.
+        usual = len(batch) == config.batch_windows and batch[0].new == config.stride
+        with_programs = programs if programs is not None and usual else plain
+        first_B, new_B = torch.tensor([(w.first, w.new) for w in batch]).to(device).unbind(1)
+        at_BT = first_B.unsqueeze(1) + steps_T
+        # Scored positions are a window's last ones; the head is wanted for these alone.
+        most = max(w.new for w in batch)
+        hidden_BSD, delta = _adapted(
+            model, stream_N, at_BT, new_B, most, config, slot, with_programs
         )
+        if delta is not None:
+            hidden_BSD = adapt.shift(hidden_BSD, delta)
+        logits_BSV = model.logits(hidden_BSD)
+        indices_BS = at_BT[:, -most:]
+        if min(w.new for w in batch) < most:
+            scored_BS = _scored(new_B, steps_T)[:, -most:]
+            logits_SV, indices_S = logits_BSV[scored_BS], indices_BS[scored_BS]
+        else:
+            logits_SV, indices_S = logits_BSV.flatten(0, 1), indices_BS.flatten()
+        yield ScoredBatch(
+            target_indices_S=indices_S,
+            logits_SV=logits_SV,
+            targets_S=stream_N[indices_S + 1],
+            previous_S=stream_N[indices_S],
+        )
+
+
+def _adapted(
+    model: GPT,
+    stream_N: Tensor,
+    at_BT: Tensor,
+    new_B: Tensor,
+    most: int,
+    config: EvalConfig,
+    slot: SlotMode,
+    programs: Programs,
+) -> tuple[Tensor, Tensor | None]:
+    """Last hidden states of the `most` last positions, and SLOT's offset for them, if any."""
+    inputs_BT = stream_N[at_BT]
+    if slot == "off":
+        wanted = most if most < at_BT.shape[1] else None
+        return programs.hidden(inputs_BT, last=wanted), None
+    targets_BT = stream_N[at_BT + 1]
+    hidden_BTD = programs.hidden(inputs_BT)
+    gradient = programs.offset_gradient
+    if slot == "shared":
+        delta = adapt.fit_shared(model, hidden_BTD, targets_BT, config, gradient)
+    else:
+        scored_BT = _scored(new_B, torch.arange(at_BT.shape[1], device=at_BT.device))
+        delta = adapt.fit_context(model, hidden_BTD, targets_BT, scored_BT, config, gradient)
+    return hidden_BTD[:, -most:], delta
+
+
+def _scored(new_B: Tensor, steps_T: Tensor) -> Tensor:
+    """bool [B, T]: the last new_B positions of each window."""
+    return steps_T >= len(steps_T) - new_B.unsqueeze(1)
 
 
 def _rank() -> int:
@@ -159,11 +225,10 @@ def _world_size() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
-def _sum_over_ranks(nats: Tensor, text_bytes: int, device: torch.device) -> tuple[Tensor, int]:
-    """Every rank's targets together: each target is nonzero on one rank only."""
-    if _world_size() == 1:
-        return nats, text_bytes
-    packed = torch.cat((nats, torch.tensor([float(text_bytes)], dtype=torch.float64))).to(device)
-    dist.all_reduce(packed)
+def _sum_over_ranks(nats_N: Tensor, text_bytes: Tensor) -> tuple[Tensor, int]:
+    """Every rank's targets together, on the host: each target is nonzero on one rank only."""
+    packed = torch.cat((nats_N, text_bytes.view(1)))
+    if _world_size() > 1:
+        dist.all_reduce(packed)
     packed = packed.cpu()
     return packed[:-1], int(packed[-1].item())

@@ -23,8 +23,8 @@ FAULTS = [
     Fault(
         "trainer/scoring.py",
         "targets are the inputs",
-        "targets_BT = torch.from_numpy(tokens_N[at + 1]",
-        "targets_BT = torch.from_numpy(tokens_N[at]",
+        "targets_S=stream_N[indices_S + 1]",
+        "targets_S=stream_N[indices_S]",
         _SCORING,
     ),
     Fault(

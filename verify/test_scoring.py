@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -22,7 +23,7 @@ from trainer.scoring import bits_per_byte, full_windows, score
 from trainer.tokens import TokenBytes
 from trainer.windows import plan_windows
 from verify.models import TINY, random_model
-from verify.tolerance import check, rounding_budget
+from verify.tolerance import check, kernel_budget, relative_error, rounding_budget
 
 ROOT = Path(__file__).resolve().parents[1]
 FLOAT = torch.float32
@@ -213,6 +214,24 @@ def test_the_first_window_has_no_context_to_adapt_to() -> None:
     assert not np.array_equal(plain[T:], adapted[T:])
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("mode", ["off", "context", "shared"])
+def test_compiled_scores_equal_plain_ones(mode: SlotMode) -> None:
+    """Scores through torch.compile err at most twice as much as plain bfloat16 ones."""
+    tokens = _tokens(T + 60)
+    config = EvalConfig(stride=4, batch_windows=3, slot_lr=0.05, slot_eps=0.1)
+    exact = score(random_model(), tokens, _sizes(), config, mode)
+    rounded = random_model(dtype=torch.bfloat16).cuda()
+    plain = score(rounded, tokens, _sizes().to(torch.device("cuda")), config, mode)
+    compiled = score(
+        rounded, tokens, _sizes().to(torch.device("cuda")), config, mode, compiled=True
+    )
+    nats = [torch.from_numpy(s.target_nats) for s in (compiled, plain, exact)]
+    allowed = kernel_budget(nats[1], nats[2], torch.bfloat16)
+    check(f"compiled scores, SLOT {mode}", relative_error(nats[0], nats[2]), allowed)
+    assert (compiled.tokens, compiled.bytes) == (exact.tokens, exact.bytes)
+
+
 # Causality.
 
 CONFIG = EvalConfig(stride=6, batch_windows=3, slot_lr=0.05)
@@ -248,8 +267,8 @@ def test_the_probe_catches_a_leaking_model(monkeypatch: pytest.MonkeyPatch) -> N
     model = random_model()
     original = model.hidden
 
-    def leaking(ids: Tensor) -> Tensor:
-        return original(ids) + 1e-3 * original(ids).mean(dim=1, keepdim=True)
+    def leaking(ids: Tensor, **options: Any) -> Tensor:
+        return original(ids, **options) + 1e-3 * original(ids).mean(dim=1, keepdim=True)
 
     monkeypatch.setattr(model, "hidden", leaking)
     assert not probe(model, _tokens(90), CONFIG, "off").causal
