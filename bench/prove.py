@@ -32,7 +32,7 @@ PAUSES_S = (0.5, 1.0)
 class Arguments:
     """Options of `python -m bench.prove`."""
 
-    subjects: tuple[str, ...] = ("mlp_dpre", "mlp_both", "adamw", "muon", "pruning")
+    subjects: tuple[str, ...] = ("mlp_dpre", "mlp_both", "attention", "muon", "adamw")
     """Subjects to try."""
     budget_s: float = 0.5
     """Seconds of one measurement."""

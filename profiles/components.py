@@ -26,11 +26,12 @@ class Event:
     Attributes:
         name: of the kernel or operation.
         ops: operations around it on the host, outermost first; the operation itself last.
-        dims: input shapes of the innermost operation that has any.
+        dims: input shapes of the operation around it that tells most.
         phase: part of the step: data, forward, backward, optimizer, average, or "".
         ms: its time; where GPU work overlaps, only what no earlier work covers.
         on_gpu: a GPU kernel or copy.
-        first_of_op: no earlier event belongs to the same innermost operation.
+        first_of_op: no earlier event has its `dims` from the same call.
+        op: the operation that `dims` belong to; the innermost if empty.
     """
 
     name: str
@@ -40,6 +41,7 @@ class Event:
     ms: float
     on_gpu: bool
     first_of_op: bool = True
+    op: str = ""
 
 
 @dataclass(frozen=True)
@@ -75,7 +77,7 @@ def component(event: Event, sizes: Sizes) -> str:
     if "fairway::" in around:
         return f"fused MLP {side}"
     if any(op in GEMM_OPS for op in event.ops) or any(word in name for word in GEMM_WORDS):
-        return f"GEMM {gemm_role(event.dims, sizes)}"
+        return f"GEMM {gemm_role(event, sizes)}"
     if "_fusedmlp" in around:
         return f"fused MLP {side}"
     if name.startswith("triton_"):
@@ -87,12 +89,24 @@ def component(event: Event, sizes: Sizes) -> str:
     return "eager elementwise"
 
 
-def gemm_role(dims: tuple[tuple[int, ...], ...], sizes: Sizes) -> str:
+def operands(event: Event) -> tuple[tuple[int, ...], ...]:
+    """Shapes of a matrix product's two factors; empty if they are not known."""
+    # A sum's first argument comes before the factors, a given result after them.
+    first = 1 if _op(event) in ("aten::addmm", "aten::baddbmm") else 0
+    factors = event.dims[first : first + 2]
+    return factors if len(factors) == 2 and all(len(d) >= 2 for d in factors) else ()
+
+
+def _op(event: Event) -> str:
+    return event.op or (event.ops[-1] if event.ops else "")
+
+
+def gemm_role(event: Event, sizes: Sizes) -> str:
     """What a matrix product is for, from its sizes; forward, input and weight gradient alike."""
-    shapes = [d for d in dims if len(d) >= 2]
-    if len(shapes) < 2:
+    factors = operands(event)
+    if not factors:
         return "other"
-    a, b, c = shapes[-2], shapes[-1], sizes.model
+    a, b, c = *factors, sizes.model
     mkn = [a[-2], a[-1], b[-1]]
     if sizes.tokens not in mkn:
         return "other"
@@ -112,10 +126,10 @@ def work(event: Event) -> Work:
     """Least work of matrix products, attention and the fused MLP; nothing is claimed of others."""
     if not event.first_of_op or not event.dims:
         return Work()
-    op = event.ops[-1] if event.ops else ""
+    op = _op(event)
     matrices = [d for d in event.dims if len(d) >= 2]
-    if op in GEMM_OPS and len(matrices) >= 2:
-        a, b = matrices[-2], matrices[-1]
+    if op in GEMM_OPS and operands(event):
+        a, b = operands(event)
         batch, m, k, n = math.prod(a[:-2]), a[-2], a[-1], b[-1]
         return Work(2.0 * batch * m * k * n, float(batch * (m * k + k * n + m * n)))
     if "scaled_dot_product" in op:

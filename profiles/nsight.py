@@ -114,7 +114,13 @@ def collect(target: dict[str, Any], metrics: tuple[str, ...]) -> list[Row]:
             "metrics": _known(metrics),
             "prefix": f"{folder}/",
         }
-        environment = {**os.environ, "PYTHONPATH": _path(), "FAIRWAY_NSIGHT": json.dumps(request)}
+        environment = {
+            **os.environ,
+            "PYTHONPATH": _path(),
+            # Else the script's folder comes first, and its modules hide packages of their names.
+            "PYTHONSAFEPATH": "1",
+            "FAIRWAY_NSIGHT": json.dumps(request),
+        }
         status, output = _run([sys.executable, str(TARGET)], environment)
         reports = sorted(Path(folder).glob("*.ncu-rep"))
         if not reports:

@@ -118,6 +118,7 @@ class _Host:
         spans = sorted((e["ts"], e["ts"] + e["dur"]) for e in steps)
         main = {e["tid"] for e in steps}
         events: list[Event] = []
+        seen: set[int] = set()
         for tid in main:
             operations = self.threads.get(tid, [])
             own = {id(e): e["dur"] for e in operations}
@@ -132,7 +133,8 @@ class _Host:
             for e, chain in chains:
                 if any(begin <= e["ts"] < end for begin, end in spans):
                     phase = self.phase_at(e["ts"])
-                    events.append(_event(e["name"], chain, phase, own[id(e)] / 1000, on_gpu=False))
+                    own_ms = own[id(e)] / 1000
+                    events.append(_event(e["name"], chain, phase, own_ms, seen, on_gpu=False))
         return events
 
 
@@ -161,11 +163,7 @@ def _device_events(
         own_us = max(0.0, end - max(e["ts"], covered))
         covered = max(covered, end)
         phase = host.phase_at(launch["ts"]) if launch else ""
-        key = id(chain[-1]) if chain else id(e)
-        events.append(
-            _event(e["name"], chain, phase, own_us / 1000, on_gpu=True, first=key not in seen)
-        )
-        seen.add(key)
+        events.append(_event(e["name"], chain, phase, own_us / 1000, seen, on_gpu=True))
     return events
 
 
@@ -174,12 +172,19 @@ def _event(
     chain: list[dict[str, Any]],
     phase: str,
     ms: float,
+    seen: set[int],
     *,
     on_gpu: bool,
-    first: bool = True,
 ) -> Event:
-    dims = max((_dims(e) for e in reversed(chain)), key=_informative, default=())
-    return Event(name, tuple(e["name"] for e in chain), dims, phase, ms, on_gpu, first)
+    """An event; its shapes come from attention's own operation or the innermost telling one."""
+    attention = [e for e in chain if "scaled_dot_product" in e["name"] and _informative(_dims(e))]
+    inwards = attention or chain
+    source = max(reversed(inwards), key=lambda e: _informative(_dims(e)), default=None)
+    dims, op = (_dims(source), source["name"]) if source else ((), "")
+    key = id(source) if source else id(chain)
+    first = key not in seen
+    seen.add(key)
+    return Event(name, tuple(e["name"] for e in chain), dims, phase, ms, on_gpu, first, op)
 
 
 def _informative(dims: tuple[tuple[int, ...], ...]) -> bool:

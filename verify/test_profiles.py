@@ -95,15 +95,35 @@ def test_products_are_named_by_their_sizes(
     a: tuple[int, int], b: tuple[int, int], role: str
 ) -> None:
     """A product's role follows from its sizes, in forward, input and weight gradient alike."""
-    assert gemm_role((a, b), RECORD) == role
-    assert gemm_role(((a[0], b[1]), a, b), RECORD) == role  # addmm: the addend comes first
+    assert gemm_role(kernel("nvjet", ("aten::mm",), dims=(a, b)), RECORD) == role
+    addmm = kernel("nvjet", ("aten::addmm",), dims=((a[0], b[1]), a, b))
+    assert gemm_role(addmm, RECORD) == role
 
 
 def test_a_head_as_wide_as_the_batch_is_still_told_apart() -> None:
     """With as many tokens as vocabulary entries, projections are not taken for the head."""
     sizes = Sizes(ModelConfig(), tokens=1024)
-    assert gemm_role(((1024, D), (D, D)), sizes) == "queries and out"
-    assert gemm_role(((1024, D), (D, 1024)), sizes) == "head"
+    for second, role in (((D, D), "queries and out"), ((D, 1024), "head")):
+        product = kernel("nvjet", ("aten::mm",), dims=((1024, D), second))
+        assert gemm_role(product, sizes) == role
+
+
+@pytest.mark.parametrize(
+    ("op", "dims"),
+    [
+        ("aten::mm", ((N, F), (F, D))),
+        ("aten::mm", ((N, F), (F, D), (N, D))),  # into a given result, as compiled code does
+        ("aten::addmm", ((D,), (N, F), (F, D))),
+        ("aten::addmm", ((D,), (N, F), (F, D), (N, D))),
+        ("aten::addmm", ((N, D), (N, F), (F, D))),
+        ("aten::addmm", ((N, D), (N, F), (F, D), (N, D))),
+    ],
+)
+def test_a_product_is_known_by_its_factors(op: str, dims: tuple[tuple[int, ...], ...]) -> None:
+    """Neither a summand before the factors nor a result after them is taken for a factor."""
+    event = kernel("nvjet", (op,), dims=dims)
+    assert component(event, RECORD) == "GEMM MLP"
+    assert work(event).flops == 2 * N * F * D
 
 
 def test_work_counts_every_operation_once() -> None:
@@ -216,6 +236,23 @@ def test_gpu_traces_are_read_by_launch() -> None:
     assert events[0].dims == ((N, D), (D, F))
     assert events[1].ops == ("aten::mul",)
     assert (busy_ms, window_ms) == (2.0, 10.0)
+
+
+def test_attention_is_counted_by_its_own_operation() -> None:
+    """Kernels of operations inside attention count its work once, by attention's own shapes."""
+    q, k = [2, 8, 16, 4], [2, 4, 16, 4]
+    raw = [
+        x("fairway.step", "user_annotation", 0, 1000),
+        x("aten::_scaled_dot_product_cudnn_attention", "cpu_op", 0, 500, dims=[q, k, k]),
+        x("aten::_cudnn_attention_forward", "cpu_op", 100, 300, dims=[k, k, k]),
+        x("cuLaunchKernel", "cuda_driver", 150, 10, correlation=1),
+        x("cuLaunchKernel", "cuda_driver", 170, 10, correlation=2),
+        x("flash_fprop", "kernel", 300, 100, tid=7, correlation=1),
+        x("flash_fprop_end", "kernel", 500, 100, tid=7, correlation=2),
+    ]
+    events, _, _ = torch_trace.read(raw)
+    assert [component(e, RECORD) for e in events] == ["attention forward"] * 2
+    assert [work(e).flops for e in events] == [2 * 2 * 8 * 16 * 16 * 4, 0]
 
 
 def test_cpu_traces_count_own_time() -> None:
@@ -363,3 +400,26 @@ def test_nsight_reports_are_read_kernel_by_kernel(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setitem(sys.modules, "ncu_report", fake)
     rows = nsight.read_report(Path("x.ncu-rep"), nsight.STEP_METRICS)
     assert rows == [nsight.Row(name, {nsight.TIME: 5.0}) for name in "abc"]
+
+
+def test_the_profiled_script_finds_its_packages(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The script under Nsight imports the project, not its own neighbours of the same names."""
+    (tmp_path / "nsight.py").write_text(
+        "import sys\n"
+        "class analyze:\n"
+        "    def kernel(metrics, output_prefix):\n"
+        "        open(output_prefix + 'x.ncu-rep', 'w').close()\n"
+        "        return lambda function: lambda number: None\n"
+    )
+    (tmp_path / "nsight_python-0.9.6.dist-info").mkdir()
+    about = "Metadata-Version: 2.1\nName: nsight-python\nVersion: 0.9.6\n"
+    (tmp_path / "nsight_python-0.9.6.dist-info" / "METADATA").write_text(about)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setattr(nsight, "_known", list)
+    read: list[Path] = []
+    monkeypatch.setattr(nsight, "read_report", lambda path, metrics: read.append(path) or [])
+    request = {"kind": "kernel", "name": "gemm", "mlp": "reference"}
+    assert nsight.collect(request, nsight.STEP_METRICS) == []
+    assert [path.name for path in read] == ["x.ncu-rep"]
