@@ -177,9 +177,21 @@ def read_report(path: Path, metrics: tuple[str, ...]) -> list[Row]:
 
 
 def short_name(name: str) -> str:
-    """A kernel's bare name: no return type, namespace, template or parameter list."""
+    """A kernel's bare name, mangled or not: no return type, namespace, template or parameters."""
+    if name.startswith("_Z"):
+        return _mangled_name(name)
     without_lists = re.split(r"[<(]", name.replace("(anonymous namespace)::", ""))[0]
     return without_lists.split("::")[-1].split(" ")[-1]
+
+
+def _mangled_name(name: str) -> str:
+    """Bare name of a symbol mangled by the Itanium C++ ABI: last of its leading lengths and ids."""
+    found, at = name, 3 if name.startswith("_ZN") else 2
+    while digits := re.match(r"\d+", name[at:]):
+        at += digits.end()
+        found = name[at : at + int(digits.group())]
+        at += len(found)
+    return found
 
 
 def by_component(rows: list[Row], kernels: list[tuple[str, str]]) -> list[dict[str, Any]]:

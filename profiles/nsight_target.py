@@ -50,6 +50,8 @@ def main() -> None:
     """Warm up outside the range, then profile one call."""
     request = json.loads(os.environ["FAIRWAY_NSIGHT"])
     relaunches = int(importlib.metadata.version("nsight-python").split(".")[0]) < 1
+    # A range counts the kernels of its own thread: the backward pass must not leave it.
+    torch.autograd.set_multithreading_enabled(False)
     call: Callable[[], object] = lambda: None  # noqa: E731
     # In 0.9 the outer process only starts the inner one, which alone needs the GPU.
     if not relaunches or "NSPY_NCU_PROFILE" in os.environ:

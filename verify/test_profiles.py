@@ -296,6 +296,9 @@ def test_nsight_rows_meet_the_kernels_of_the_trace() -> None:
     assert found["optimizer"]["tensor_pct"] == pytest.approx(50.0)
     assert nsight.short_name("void (anonymous namespace)::f<a::b>(int)") == "f"
     assert nsight.short_name("cutlass::device_kernel<x>") == "device_kernel"
+    mangled = "_ZN7cutlass13device_kernelINS_4gemm6kernel13GemmUniversalEEEvNT_6ParamsE"
+    assert nsight.short_name(mangled) == "device_kernel"
+    assert nsight.short_name("_Z6vectoriPf") == "vector"
 
 
 @pytest.fixture(scope="module")
