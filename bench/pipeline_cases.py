@@ -208,9 +208,5 @@ def _sliding(scale: Scale) -> tuple[GPT, EvalConfig, np.ndarray, list[Window]]:
         config = replace(config, batch_windows=8)
     tokens = scale.config.model.seq_len + config.stride * config.batch_windows
     stream_N = np.random.default_rng(0).integers(0, scale.config.model.vocab_size, tokens + 1)
-    return (
-        model,
-        config,
-        stream_N,
-        plan_windows(tokens, scale.config.model.seq_len, config.stride)[1:],
-    )
+    windows = plan_windows(tokens, scale.config.model.seq_len, config.stride)[1:]
+    return model, config, stream_N, windows

@@ -83,6 +83,7 @@ def _cpu_rounds(subjects: dict[str, Subject], rounds: int) -> dict[str, list[flo
 
 
 def _cuda_rounds(subjects: dict[str, Subject], rounds: int) -> dict[str, list[float]]:
+    torch.cuda.synchronize()
     flush = torch.empty(FLUSH_BYTES, dtype=torch.uint8, device="cuda")
     flushes = {name: 1 + round(_lead_s(subject) / FLUSH_S) for name, subject in subjects.items()}
     times: dict[str, list[float]] = {name: [] for name in subjects}

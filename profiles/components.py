@@ -128,8 +128,9 @@ def work(event: Event) -> Work:
         return Work()
     op = _op(event)
     matrices = [d for d in event.dims if len(d) >= 2]
-    if op in GEMM_OPS and operands(event):
-        a, b = operands(event)
+    factors = operands(event)
+    if op in GEMM_OPS and factors:
+        a, b = factors
         batch, m, k, n = math.prod(a[:-2]), a[-2], a[-1], b[-1]
         return Work(2.0 * batch * m * k * n, float(batch * (m * k + k * n + m * n)))
     if "scaled_dot_product" in op:

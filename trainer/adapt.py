@@ -30,10 +30,15 @@ Gradient = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, float], Tensor]
 
 
 def fit_shared(
-    model: GPT, hidden_BTD: Tensor, targets_BT: Tensor, config: EvalConfig, gradient: Gradient
+    model: GPT,
+    hidden_BTD: Tensor,
+    targets_BT: Tensor,
+    scored_BT: Tensor,
+    config: EvalConfig,
+    gradient: Gradient,
 ) -> Tensor:
     """One offset for all windows, float32 [1, 1, D]; not causal. Arguments as of `fit_context`."""
-    fit_on_BT = torch.ones_like(targets_BT, dtype=torch.bool)
+    fit_on_BT = torch.ones_like(scored_BT)
     fit_on_BT[:, -1] = False
     weights_BT = fit_on_BT / fit_on_BT.sum().clamp_min(1)
     return _fit(model, hidden_BTD, targets_BT, weights_BT, 1, config, gradient)

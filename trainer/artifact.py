@@ -47,7 +47,7 @@ PREFIX = struct.Struct("<8sII")
 DIGEST_BYTES = 32
 BROTLI_QUALITY = 11
 QUICK_QUALITY = 4
-"""For files that live within a run, and for sizes that need only be proportional."""
+"""For files that live within a run."""
 PIECE_BYTES = 1 << 21
 """Raw bytes compressed on their own: codes hardly resemble each other, so that cutting costs some
 0.1 % in size, and a many-core machine is through in a tenth of the time."""

@@ -1,6 +1,7 @@
 """From Hessians to the artifact: bits per matrix, GPTQ, pruning, exact accounting of bytes."""
 
 import hashlib
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -67,9 +68,11 @@ def _budgeted(
         for bits in (5, 6)
     }
 
+    rest = with_matrices(model, {})
+
     def candidate(count: int) -> QuantizedModel:
         widths = allocate.bits_with(order, count)
-        return with_matrices(model, {n: made[widths[n]][0][n] for n in made[5][0]})
+        return replace(rest, matrices={n: made[widths[n]][0][n] for n in made[5][0]})
 
     sizer = Sizer(
         lambda n: len(artifact.pack(candidate(n), quant.compressor)),

@@ -324,14 +324,15 @@ class GPT(nn.Module):
         gain = self.block(i).attn.q_gain.to(x.dtype)[:, None]
         q = layers.rotate(rms_norm(q), *(table[tail] for table in rotary)) * gain
         k = layers.rotate(rms_norm(k), *rotary)
+        keys, values = k, v
+        if cache is not None:
+            keys, values = cache.k_LBTGK[i], cache.v_LBTGK[i]
+            keys.index_copy_(1, positions_T, k)
+            values.index_copy_(1, positions_T, v)
         if cache is None and last is None:
             y = layers.causal_attention(q, k, v, self.attention_backend)
-        elif cache is None:
-            y = layers.cached_attention(q, k, v, positions_T[tail])
         else:
-            cache.k_LBTGK[i].index_copy_(1, positions_T, k)
-            cache.v_LBTGK[i].index_copy_(1, positions_T, v)
-            y = layers.cached_attention(q, cache.k_LBTGK[i], cache.v_LBTGK[i], positions_T)
+            y = layers.cached_attention(q, keys, values, positions_T[tail])
         y = layers.exclude_self(y, v[:, tail]).flatten(2)
         if observe is not None:
             observe(tuple(f"blocks.{i}.{m}" for m in "qkv"), x)

@@ -61,8 +61,8 @@ class PruningOrder:
         """
         parts = list(zip(self.packed.matrices.values(), self.ranks, strict=True))
         sources = [_RowHistograms.of(m.codes_RC, ranks) for m, ranks in parts]
-        codes = sum(estimate.entropy_bytes(estimate.histogram(m.codes_RC)) for m, _ in parts)
-        rest = estimate.packed_bytes(self.packed) - codes
+        rest = estimate.packed_bytes(replace(self.packed, matrices={}))
+        rest += 2.0 * sum(len(m.scales_R) for m, _ in parts)
         return lambda count: rest + sum(source.bytes_after(count) for source in sources)
 
 
@@ -81,9 +81,8 @@ class _RowHistograms:
         last_R[codes_RC.abs() == 1] = ranks
         last_R, order_R = last_R.amax(dim=1).sort(stable=True)
         counts_RC = np.stack([estimate.histogram(row) for row in codes_RC[order_R]])
-        return cls(
-            last_R.numpy(), np.vstack((0 * counts_RC[:1], counts_RC.cumsum(axis=0, dtype=np.int32)))
-        )
+        sums_RC = counts_RC.cumsum(axis=0, dtype=np.int32)
+        return cls(last_R.numpy(), np.vstack((np.zeros_like(sums_RC[:1]), sums_RC)))
 
     def bytes_after(self, count: int) -> float:
         """Entropy of the codes once the first `count` of the order are gone."""

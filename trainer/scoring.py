@@ -1,6 +1,7 @@
 """Scores: nats per token and bits per byte of a token stream, plain or with SLOT.
 
-The stream lies on the device, and nothing is read back before the end: the GPU never waits.
+The stream lies on the device, and batches of the usual shape read nothing back, so that the GPU
+never waits.
 
 Letters: N tokens, B windows, T positions, D width, V vocabulary, S scored positions of a batch.
 """
@@ -153,68 +154,38 @@ def scored_batches(
     device = model.qo_bank.device
     plain = Programs.of(model, compiled=False)
     stream_N = torch.from_numpy(tokens_N.astype(np.int64)).to(device)
+    first_W, new_W = torch.tensor([(w.first, w.new) for w in windows]).to(device).unbind(1)
     steps_T = torch.arange(windows[0].length, device=device)
-    batches = [
-        windows[at : at + config.batch_windows]
-        for at in range(0, len(windows), config.batch_windows)
-    ]
-    for batch in batches[_rank() :: _world_size()]:
+    begins = range(0, len(windows), config.batch_windows)
+    for begin in begins[_rank() :: _world_size()]:
+        at = slice(begin, begin + config.batch_windows)
+        batch = windows[at]
         # Batches of another shape are few: the first, whose first window scores all, and the last.
         usual = len(batch) == config.batch_windows and batch[0].new == config.stride
-        with_programs = programs if programs is not None and usual else plain
-        first_B, new_B = torch.tensor([(w.first, w.new) for w in batch]).to(device).unbind(1)
-        at_BT = first_B.unsqueeze(1) + steps_T
+        chosen = programs if programs is not None and usual else plain
+        at_BT = first_W[at].unsqueeze(1) + steps_T
+        scored_BT = steps_T >= len(steps_T) - new_W[at].unsqueeze(1)
         # Scored positions are a window's last ones; the head is wanted for these alone.
         most = max(w.new for w in batch)
-        hidden_BSD, delta = _adapted(
-            model, stream_N, at_BT, new_B, most, config, slot, with_programs
-        )
-        if delta is not None:
-            hidden_BSD = adapt.shift(hidden_BSD, delta)
-        logits_BSV = model.logits(hidden_BSD)
-        indices_BS = at_BT[:, -most:]
-        if min(w.new for w in batch) < most:
-            scored_BS = _scored(new_B, steps_T)[:, -most:]
-            logits_SV, indices_S = logits_BSV[scored_BS], indices_BS[scored_BS]
+        inputs_BT = stream_N[at_BT]
+        if slot == "off":
+            hidden_BSD = chosen.hidden(inputs_BT, last=most if most < len(steps_T) else None)
         else:
-            logits_SV, indices_S = logits_BSV.flatten(0, 1), indices_BS.flatten()
+            targets_BT, hidden_BTD = stream_N[at_BT + 1], chosen.hidden(inputs_BT)
+            fit = adapt.fit_shared if slot == "shared" else adapt.fit_context
+            delta = fit(model, hidden_BTD, targets_BT, scored_BT, config, chosen.offset_gradient)
+            hidden_BSD = adapt.shift(hidden_BTD[:, -most:], delta)
+        logits_SV = model.logits(hidden_BSD).flatten(0, 1)
+        indices_S = at_BT[:, -most:].flatten()
+        if any(w.new < most for w in batch):
+            scored_S = scored_BT[:, -most:].flatten()
+            logits_SV, indices_S = logits_SV[scored_S], indices_S[scored_S]
         yield ScoredBatch(
             target_indices_S=indices_S,
             logits_SV=logits_SV,
             targets_S=stream_N[indices_S + 1],
             previous_S=stream_N[indices_S],
         )
-
-
-def _adapted(
-    model: GPT,
-    stream_N: Tensor,
-    at_BT: Tensor,
-    new_B: Tensor,
-    most: int,
-    config: EvalConfig,
-    slot: SlotMode,
-    programs: Programs,
-) -> tuple[Tensor, Tensor | None]:
-    """Last hidden states of the `most` last positions, and SLOT's offset for them, if any."""
-    inputs_BT = stream_N[at_BT]
-    if slot == "off":
-        wanted = most if most < at_BT.shape[1] else None
-        return programs.hidden(inputs_BT, last=wanted), None
-    targets_BT = stream_N[at_BT + 1]
-    hidden_BTD = programs.hidden(inputs_BT)
-    gradient = programs.offset_gradient
-    if slot == "shared":
-        delta = adapt.fit_shared(model, hidden_BTD, targets_BT, config, gradient)
-    else:
-        scored_BT = _scored(new_B, torch.arange(at_BT.shape[1], device=at_BT.device))
-        delta = adapt.fit_context(model, hidden_BTD, targets_BT, scored_BT, config, gradient)
-    return hidden_BTD[:, -most:], delta
-
-
-def _scored(new_B: Tensor, steps_T: Tensor) -> Tensor:
-    """bool [B, T]: the last new_B positions of each window."""
-    return steps_T >= len(steps_T) - new_B.unsqueeze(1)
 
 
 def _rank() -> int:

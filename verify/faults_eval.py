@@ -30,8 +30,8 @@ FAULTS = [
     Fault(
         "trainer/scoring.py",
         "a batch's windows shared out twice",
-        "for batch in batches[_rank() :: _world_size()]:",
-        "for batch in batches:",
+        "for begin in begins[_rank() :: _world_size()]:",
+        "for begin in begins:",
         _SCORING,
     ),
     Fault(

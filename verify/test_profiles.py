@@ -410,7 +410,6 @@ def test_the_profiled_script_finds_its_packages(
 ) -> None:
     """The script under Nsight imports the project, not its own neighbours of the same names."""
     (tmp_path / "nsight.py").write_text(
-        "import sys\n"
         "class analyze:\n"
         "    def kernel(metrics, output_prefix):\n"
         "        open(output_prefix + 'x.ncu-rep', 'w').close()\n"
