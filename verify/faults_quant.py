@@ -126,7 +126,7 @@ FAULTS = [
         _QUANT,
     ),
     Fault(
-        "trainer/calibrate.py",
+        "trainer/sampling.py",
         "temperature ignored",
         "logits = self.model.logits(hidden[:, -1]) / self.temperature",
         "logits = self.model.logits(hidden[:, -1])",
@@ -135,8 +135,8 @@ FAULTS = [
     Fault(
         "trainer/calibrate.py",
         "the first tokens are all BOS",
-        "self.ids_BT[:, 0] = first.to(device)",
-        "self.ids_BT[:, 0] = 1",
+        "sampler.extend(first.view(-1, 1), ",
+        "sampler.extend(torch.ones_like(first).view(-1, 1), ",
         _QUANT,
     ),
     Fault(

@@ -1,0 +1,109 @@
+"""Text from a model: B continuations drawn at once through the KV cache.
+
+Letters: B sequences, P positions of the prompt, N drawn tokens, T positions, V vocabulary.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from trainer.model import GPT, KVCache
+from trainer.progress import Advance
+
+
+class Sampler:
+    """Static buffers of one generation; a step reads and writes only these.
+
+    On CUDA one step is captured when the sampler is made, and replayed from then on.
+
+    Args:
+        model: on its device.
+        sequences: B, continued at once.
+        length: T, prompt and continuation together, at most the model's window.
+        temperature: above 0; logits are divided by it.
+        top_p: draw only from the likeliest tokens that together have this share; 1 is all.
+
+    Raises:
+        ValueError: length outside 1..seq_len, temperature not above 0, top_p outside (0, 1].
+    """
+
+    def __init__(
+        self, model: GPT, sequences: int, length: int, temperature: float, top_p: float = 1.0
+    ) -> None:
+        if temperature <= 0:
+            raise ValueError(f"temperature {temperature} must be above 0")
+        if not 0 < top_p <= 1:
+            raise ValueError(f"top_p {top_p} must lie above 0 and not above 1")
+        device = model.qo_bank.device
+        self.model, self.temperature, self.top_p = model, temperature, top_p
+        self.cache: KVCache = model.new_cache(sequences, length)
+        self.ids_BT = torch.zeros(sequences, length, dtype=torch.int64, device=device)
+        self.uniform_TB = torch.zeros(length, sequences, device=device)
+        with torch.no_grad():
+            graphed = device.type == "cuda" and length > 1
+            self._step = self._captured() if graphed else self._draw
+
+    @torch.no_grad()
+    def extend(self, prompt_BP: Tensor, uniform_NB: Tensor, advance: Advance) -> Tensor:
+        """Prompt and its continuation by N tokens, int64 [B, P + N] on the model's device.
+
+        Args:
+            prompt_BP: token ids, P >= 1 and P + N <= length.
+            uniform_NB: numbers in [0, 1), one for every token to draw. Made on the host, they
+                are the same on every device.
+            advance: told of every token drawn.
+        """
+        P, N = prompt_BP.shape[1], len(uniform_NB)
+        self.cache.reset()
+        self.ids_BT[:, :P] = prompt_BP
+        self.uniform_TB[P : P + N] = uniform_NB
+        if P > 1:
+            self.model.hidden(self.ids_BT[:, : P - 1], cache=self.cache)
+        for _ in range(N):
+            self._step()
+            advance()
+        return self.ids_BT[:, : P + N].clone()
+
+    def _draw(self) -> None:
+        """Draw the next token of every sequence by inverting the cumulative distribution."""
+        at = self.cache.position.view(1)
+        previous = self.ids_BT.index_select(1, at)
+        target = at + 1  # before the forward pass moves the position on
+        hidden = self.model.hidden(previous, cache=self.cache)
+        logits = self.model.logits(hidden[:, -1]) / self.temperature
+        shares = logits.softmax(-1)
+        if self.top_p < 1:
+            shares = nucleus(shares, self.top_p)
+        cumulative = shares.cumsum(-1)
+        uniform = self.uniform_TB.index_select(0, target).view(-1, 1)
+        drawn = torch.searchsorted(cumulative, uniform * cumulative[:, -1:], right=True)
+        last = self.model.config.vocab_size - 1
+        self.ids_BT.index_copy_(1, target, drawn.clamp_max(last))
+
+    def _captured(self) -> Callable[[], None]:
+        """The step as a CUDA graph, after a warm-up that `extend` leaves no trace of."""
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(3):
+                self.cache.reset()
+                self._draw()
+        torch.cuda.current_stream().wait_stream(stream)
+        self.cache.reset()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            self._draw()
+        return graph.replay
+
+
+def nucleus(shares_BV: Tensor, top_p: float) -> Tensor:
+    """Shares of the likeliest tokens whose sum first reaches `top_p`, the others 0; [B, V].
+
+    The likeliest token always stays, and so does one as likely as the last that stays. The rest
+    is not scaled up again. Source: Holtzman et al. 2020, arXiv 1904.09751.
+    """
+    ordered = shares_BV.sort(dim=-1, descending=True).values
+    before = ordered.cumsum(-1) - ordered
+    least = ordered.masked_fill(before >= top_p, torch.inf).amin(-1, keepdim=True)
+    return torch.where(shares_BV >= least, shares_BV, 0.0)
