@@ -4,7 +4,9 @@ Only this module reads RANK, WORLD_SIZE and LOCAL_RANK.
 """
 
 import os
+import signal
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,8 +19,14 @@ from trainer.config import MICRO_BATCHES
 from trainer.errors import ConfigError, RunError
 
 HOST_TIMEOUT = timedelta(minutes=30)
-"""Patience for a peer: rank 0 quantizes alone for minutes. A peer that *dies* is noticed at once:
-its connections close, and torchrun ends the others."""
+"""Patience for a peer: rank 0 quantizes alone for minutes. A peer that *dies* is noticed within
+seconds by `_PeerWatch`."""
+BEAT_S = 1.0
+"""Between two heartbeats."""
+LOST_GRACE_S = 10
+"""From the loss of a peer until this process is ended; room for its own error to come up."""
+LEAVING_GRACE_S = 25
+"""The same when the peer said goodbye: after a signal, rank 0 may still write the checkpoint."""
 
 
 @dataclass(frozen=True)
@@ -61,6 +69,79 @@ class Ranks:
             dist.barrier(group=self.host)
 
 
+class _PeerWatch:
+    """Ends this process soon after a peer has died, whatever the main thread waits for.
+
+    NCCL does not notice that a peer on the same machine is gone: its kernels spin for ever, the
+    host waits for them inside CUDA, and no Python signal handler runs. So a thread exchanges a
+    heartbeat over gloo, whose connections close with the process. Once a peer is missing it says
+    so and sets an alarm, which the operating system delivers even to a process that hangs.
+    """
+
+    def __init__(self, rank: int) -> None:
+        self.rank = rank
+        self._lost = threading.Event()
+        self._peer_failed = False
+        self._goodbye = threading.Event()
+        self._done = threading.Event()
+        self._failed = False
+        group = dist.new_group(backend="gloo", timeout=HOST_TIMEOUT)
+        assert isinstance(group, dist.ProcessGroup)
+        self._group = group
+        self._thread = threading.Thread(target=self._run, name="peer watch", daemon=True)
+        self._thread.start()
+
+    def finish(self) -> None:
+        """Return once every rank has come here. Raises RunError if a peer did not."""
+        self._goodbye.set()
+        self._thread.join()
+        if self._lost.is_set() or self._peer_failed:
+            raise RunError(self.message())
+
+    def has_lost(self) -> bool:
+        """Whether a peer is gone; gives the heartbeat time to notice."""
+        return self._lost.wait(2 * BEAT_S)
+
+    def leave_in_error(self) -> None:
+        """Tell the peers, as long as they listen, that this rank stops on an error of its own."""
+        self._failed = True
+        self._goodbye.set()
+        self._thread.join(3 * BEAT_S)
+
+    def message(self) -> str:
+        """What to tell when a peer is gone."""
+        return (
+            f"rank {self.rank} lost a peer: another rank's process has ended. Its own output or "
+            "torchrun's tells why. The run continues from its last checkpoint with --resume, at "
+            "any world size that divides 8."
+        )
+
+    def _run(self) -> None:
+        try:
+            while not self._done.is_set():
+                self._beat()
+                self._goodbye.wait(BEAT_S)
+        except RuntimeError:  # gloo's: a connection to a peer has closed
+            self._lost.set()
+            self._end_soon(LOST_GRACE_S, self.message())
+
+    def _beat(self) -> None:
+        """Exchange (ranks at their end, ranks that stop on an error)."""
+        at_end = self._goodbye.is_set()
+        state = torch.tensor([int(at_end), int(at_end and self._failed)])
+        dist.all_reduce(state, group=self._group)
+        finished, failed = state.tolist()
+        if failed and not self._failed:
+            self._peer_failed = True
+            self._end_soon(LEAVING_GRACE_S, f"rank {self.rank}: another rank has stopped")
+        if failed or finished == dist.get_world_size():
+            self._done.set()
+
+    def _end_soon(self, grace_s: int, message: str) -> None:
+        print(f"error: {message} (ending within {grace_s} s)", file=sys.stderr, flush=True)
+        signal.alarm(grace_s)
+
+
 @contextmanager
 def setup(device: str) -> Iterator[Ranks]:
     """Join the process group torchrun describes, if any; leave it at the end.
@@ -97,16 +178,20 @@ def setup(device: str) -> Iterator[Ranks]:
         dist.init_process_group("gloo", timeout=HOST_TIMEOUT)
     host = dist.new_group(backend="gloo", timeout=HOST_TIMEOUT)
     assert isinstance(host, dist.ProcessGroup)
+    watch = _PeerWatch(dist.get_rank())
     try:
         yield Ranks(dist.get_rank(), world_size, where, host)
-    except dist.DistError as error:
-        raise RunError(
-            f"rank {dist.get_rank()} lost a peer: {error}. Look at the other ranks' output; "
-            "the run continues from its last checkpoint with --resume."
-        ) from error
-    finally:
-        # After an error the peers may be gone, and an orderly goodbye would wait for them.
-        if sys.exc_info()[0] is None:
-            # Leaving together: gloo aborts a process whose peer closes first.
-            dist.barrier(group=host)
-            dist.destroy_process_group()
+        watch.finish()
+    except RuntimeError as error:
+        # gloo and NCCL report a lost peer as any RuntimeError; the watch knows for sure.
+        if watch.has_lost():
+            raise RunError(f"{watch.message()} ({error})") from error
+        watch.leave_in_error()
+        raise
+    except BaseException:
+        watch.leave_in_error()
+        raise
+    # Leaving together: gloo aborts a process whose peer closes first. After an error the peers
+    # may be gone, and an orderly goodbye would wait for them.
+    dist.barrier(group=host)
+    dist.destroy_process_group()

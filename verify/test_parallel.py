@@ -7,6 +7,7 @@ import sys
 import time
 from pathlib import Path
 
+import pytest
 import torch
 from safetensors.torch import load_file
 
@@ -157,4 +158,47 @@ def test_a_dead_rank_ends_the_run_within_a_minute(tmp_path: Path) -> None:
     assert time.monotonic() - killed_at < 60
     assert process.returncode != 0
     assert "SIGKILL" in output or "Signal 9" in output
+    assert "error: rank 0 lost a peer" in output
+    assert "--resume" in output
     assert checkpoint.exists()
+
+
+STUCK = """
+import os, signal, sys, threading
+from trainer import ranks
+from trainer.errors import RunError
+
+ranks.LOST_GRACE_S, ranks.LEAVING_GRACE_S = 2, 2
+how = sys.argv[1]
+with ranks.setup("cpu") as group:
+    group.wait_for_all()
+    if group.rank == 1:
+        if how == "killed":
+            os.kill(os.getpid(), 9)
+        raise RunError("rank 1 has run out of disk")
+    signal.signal(signal.SIGTERM, lambda number, frame: None)
+    threading.Event().wait()  # as a host waits for an NCCL kernel whose peer is gone
+"""
+
+
+@pytest.mark.parametrize(
+    ("how", "message"),
+    [("killed", "rank 0 lost a peer"), ("raises", "rank 0: another rank has stopped")],
+)
+def test_a_rank_that_hangs_without_its_peer_is_ended(
+    tmp_path: Path, how: str, message: str
+) -> None:
+    """A rank stuck in a collective, deaf to SIGTERM, says why and ends well before torchrun's 30 s.
+
+    NCCL's kernels wait for a dead peer for ever; a wait that nothing ends stands for them here.
+    """
+    script = tmp_path / "stuck.py"
+    script.write_text(STUCK)
+    started = time.monotonic()
+    result = subprocess.run(
+        _torchrun(2, str(script), how),
+        cwd=ROOT, env=_environment(), check=False, timeout=60, capture_output=True, text=True,
+    )  # fmt: skip
+    assert result.returncode != 0
+    assert message in result.stderr
+    assert time.monotonic() - started < 25
