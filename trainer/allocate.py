@@ -1,4 +1,4 @@
-"""Bits per matrix by sensitivity, and the search for the most that fits the budget.
+"""Bits per matrix by sensitivity or measured damage, and the search for the most that fits.
 
 A size counts only if it is exact; because Brotli-11 takes long on the record's model, a cheap
 size, rescaled by what was learnt, brackets the answer first.
@@ -11,6 +11,12 @@ import numpy as np
 from torch import Tensor
 
 from trainer.config import QuantConfig
+
+WIDTHS = (4, 5, 6, 7, 8)
+"""Bits that a matrix may have."""
+
+BUDGETS = 1 << 14
+"""Budgets that the knapsack tells apart: about 1 kB each on the record's model."""
 
 ESTIMATED_TRIES, EXACT_TRIES = 4, 12
 """Most exact sizes taken in one search; those after the first few bisect, whatever the cheap size
@@ -33,8 +39,54 @@ def bits_with(order: list[str], int6_matrices: int) -> dict[str, int]:
 
 
 def fixed_count(config: QuantConfig, matrices: int) -> int:
-    """int6 matrices under every mode but `budgeted`."""
+    """int6 matrices under `int5`, `int6` and `mixed`."""
     return {"int5": 0, "int6": matrices, "mixed": min(config.int6_matrices, matrices)}[config.bits]
+
+
+class Knapsack:
+    """The least total damage for every budget of bytes, one width for each matrix.
+
+    A multiple-choice knapsack solved by dynamic programming over the matrices (Kellerer, Pferschy
+    and Pisinger 2004, ch. 11): exact but for sizes rounded to a BUDGETS-th of their range.
+
+    Args:
+        damage: nats per token, by name, then bits.
+        sizes: bytes, likewise.
+    """
+
+    def __init__(
+        self, damage: dict[str, dict[int, float]], sizes: dict[str, dict[int, float]]
+    ) -> None:
+        self._options: dict[str, list[tuple[int, int]]] = {}
+        """(bits, units above the smallest) of every matrix, by ascending size."""
+        unit = sum(max(s.values()) - min(s.values()) for s in sizes.values()) / BUDGETS or 1.0
+        for name, by_bits in sizes.items():
+            least = min(by_bits.values())
+            ordered = sorted(by_bits, key=lambda bits: by_bits[bits])
+            self._options[name] = [(b, round((by_bits[b] - least) / unit)) for b in ordered]
+        self.highest = sum(options[-1][1] for options in self._options.values())
+        """The budget at which every matrix has its largest width; 0: all have their smallest."""
+        least_damage = np.zeros(self.highest + 1)
+        self._choices: list[np.ndarray] = []
+        """Of each matrix, the option to take at every budget left for it and those before it."""
+        for name, options in self._options.items():
+            tried = np.full((len(options), self.highest + 1), np.inf)
+            for i, (bits, units) in enumerate(options):
+                left = least_damage[: self.highest + 1 - units]
+                tried[i, units:] = left + damage[name][bits]
+            self._choices.append(tried.argmin(axis=0).astype(np.int8))
+            least_damage = tried.min(axis=0)
+
+    def bits(self, budget: int) -> dict[str, int]:
+        """Bits of every matrix at a budget of 0..highest."""
+        chosen: dict[str, int] = {}
+        for (name, options), choice in reversed(
+            list(zip(self._options.items(), self._choices, strict=True))
+        ):
+            bits, units = options[choice[budget]]
+            chosen[name] = bits
+            budget -= units
+        return {name: chosen[name] for name in self._options}
 
 
 @dataclass(frozen=True)

@@ -36,6 +36,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from trainer.allocate import WIDTHS
 from trainer.config import ModelConfig
 from trainer.errors import ArtifactError, ConfigError
 from trainer.model import GPT
@@ -60,7 +61,7 @@ Compressor = Literal["brotli", "lzma"]
 
 @dataclass(frozen=True)
 class Entry:
-    """One tensor of the payload. bits 5, 6: matrix; 8: int8 table; 16: float16."""
+    """One tensor of the payload. bits 4 to 8: matrix; 8: also int8 table; 16: float16."""
 
     name: str
     bits: int
@@ -218,7 +219,7 @@ def _check_entries(entries: list[Entry], config: ModelConfig, source: str) -> No
             f"{source}: its tensors are not those of the declared model: {', '.join(wrong[:5])}"
         )
     for entry in entries:
-        allowed = (5, 6) if _is_matrix(entry.name) else (8, 16)
+        allowed = WIDTHS if _is_matrix(entry.name) else (8, 16)
         if entry.bits not in allowed or (entry.bits == 8 and len(entry.shape) != 2):
             raise ArtifactError(f"{source}: {entry.name} cannot have {entry.bits} bits")
 
@@ -270,8 +271,8 @@ def _read_payload(raw: bytes, entries: list[Entry], config: ModelConfig) -> Quan
     }
     return QuantizedModel(
         config,
-        matrices={n: m for n, m in quantized.items() if m.bits < 8},
-        tables={n: m for n, m in quantized.items() if m.bits == 8},
+        matrices={n: m for n, m in quantized.items() if _is_matrix(n)},
+        tables={n: m for n, m in quantized.items() if not _is_matrix(n)},
         others={e.name: pieces[e.name].view(e.shape) for e in entries if e.bits == 16},
     )
 

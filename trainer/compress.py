@@ -1,41 +1,54 @@
 """From Hessians to the artifact: bits per matrix, GPTQ, pruning, exact accounting of bytes."""
 
 import hashlib
-from dataclasses import replace
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from trainer import allocate, artifact, codesize, estimate, files
-from trainer.allocate import Sizer
+from trainer import allocate, artifact, budget, codesize, damage, files
 from trainer.config import QuantConfig, RunConfig
 from trainer.folder import RunFolder
 from trainer.model import GPT
 from trainer.progress import log
-from trainer.prune import prune_to_fit
-from trainer.quantize import QuantizedMatrix, QuantizedModel, quantize_matrices, with_matrices
+from trainer.prune import SLACK_SHARE, prune_to_fit
+from trainer.quantize import QuantizedMatrix, quantize_matrices, with_matrices
 
 
 def quantize_run(
-    model: GPT, hessians: dict[str, Tensor], config: RunConfig, path: Path
+    model: GPT,
+    hessians: dict[str, Tensor],
+    calibration_BT: Tensor,
+    config: RunConfig,
+    path: Path,
 ) -> dict[str, Any]:
     """Quantize `model` at the bits the settings ask for and write the result to `path`.
 
+    Args:
+        model: on its device.
+        hessians: of every matrix.
+        calibration_BT: the text they were collected on, int64.
+        config: of the run.
+        path: the quantized model's file.
+
     Returns:
-        Sensitivity, bits and Hessian-weighted error of every matrix, JSON-able.
+        Sensitivity, bits and Hessian-weighted error of every matrix, JSON-able; with `measured`
+        also its damage by bits, in nats per token.
 
     Raises:
         RunError: a Hessian cannot be used, or the file not written.
-        ArtifactError: `budgeted`, and not even int5 throughout fits.
     """
     device = model.qo_bank.device
     hessians = {name: h.to(device) for name, h in hessians.items()}
     sensitivities = allocate.sensitivity(hessians)
     order = allocate.ranked(sensitivities)
     quant = config.quant
+    damages: dict[str, dict[int, float]] = {}
     if quant.bits == "budgeted":
         matrices, errors = _budgeted(model, hessians, order, quant)
+    elif quant.bits == "measured":
+        matrices, errors, damages = _measured(model, hessians, calibration_BT, quant)
     else:
         bits = allocate.bits_with(order, allocate.fixed_count(quant, len(order)))
         matrices, errors = quantize_matrices(model.matrices(), hessians, bits, quant)
@@ -48,6 +61,7 @@ def quantize_run(
                 "bits": matrices[name].bits,
                 "sensitivity": sensitivities[name],
                 "error": errors[name],
+                **({"damage": damages[name]} if damages else {}),
             }
             for name in matrices
         ]
@@ -57,32 +71,40 @@ def quantize_run(
 def _budgeted(
     model: GPT, hessians: dict[str, Tensor], order: list[str], quant: QuantConfig
 ) -> tuple[dict[str, QuantizedMatrix], dict[str, float]]:
-    """As many of the most sensitive matrices in int6 as fit beside the code.
-
-    Both widths of every matrix are made once; only compression is repeated.
-    """
-    made = {
-        bits: quantize_matrices(
-            model.matrices(), hessians, dict.fromkeys(model.matrices(), bits), quant
-        )
-        for bits in (5, 6)
-    }
-
-    rest = with_matrices(model, {})
-
-    def candidate(count: int) -> QuantizedModel:
-        widths = allocate.bits_with(order, count)
-        return replace(rest, matrices={n: made[widths[n]][0][n] for n in made[5][0]})
-
-    sizer = Sizer(
-        lambda n: len(artifact.pack(candidate(n), quant.compressor)),
-        lambda n: estimate.packed_bytes(candidate(n)),
+    """As many of the most sensitive matrices in int6 as fit beside the code."""
+    made = budget.make(model, hessians, (5, 6), quant)
+    bits = budget.largest_fit(
+        made,
+        lambda count: allocate.bits_with(order, count),
+        len(order),
+        quant.limit_bytes - codesize.code_bytes(),
+        quant.compressor,
     )
+    log(f"budget: {sum(b == 6 for b in bits.values())} of {len(order)} matrices in int6")
+    return made.chosen(bits).matrices, made.chosen_errors(bits)
+
+
+def _measured(
+    model: GPT, hessians: dict[str, Tensor], calibration_BT: Tensor, quant: QuantConfig
+) -> tuple[dict[str, QuantizedMatrix], dict[str, float], dict[str, dict[int, float]]]:
+    """4 to 8 bits each, for the least damage that fits beside the code; and every damage."""
+    made = budget.make(model, hessians, allocate.WIDTHS, quant)
+    text_BT = calibration_BT[: damage.SEQUENCES].to(model.qo_bank.device)
+    damages = damage.damage(model, text_BT, made.matrices)
+    knapsack = allocate.Knapsack(damages, made.sizes)
     limit = quant.limit_bytes - codesize.code_bytes()
-    count = max(0, allocate.most_that_fits(sizer, len(order), limit))
-    log(f"budget: {count} of {len(order)} matrices in int6")
-    widths = allocate.bits_with(order, count)
-    return candidate(count).matrices, {n: made[widths[n]][1][n] for n in widths}
+    bits = budget.largest_fit(
+        made,
+        knapsack.bits,
+        knapsack.highest,
+        limit,
+        quant.compressor,
+        slack_bytes=int(SLACK_SHARE * limit),
+    )
+    widths = ", ".join(f"{n} int{b}" for b, n in sorted(Counter(bits.values()).items()))
+    nats = sum(damages[name][b] for name, b in bits.items())
+    log(f"measured: {widths}; {nats:.5f} nats per token expected of all together")
+    return made.chosen(bits).matrices, made.chosen_errors(bits), damages
 
 
 def write_artifact(config: RunConfig, folder: RunFolder) -> dict[str, Any]:

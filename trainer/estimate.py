@@ -8,7 +8,7 @@ proportional to the true size, not equal to it.
 import numpy as np
 from torch import Tensor
 
-from trainer.quantize import QuantizedModel
+from trainer.quantize import QuantizedMatrix, QuantizedModel
 
 TOP_CODE = 127
 ZERO = TOP_CODE
@@ -28,9 +28,12 @@ def entropy_bytes(counts: np.ndarray) -> float:
     return float(whole - (present * np.log2(present)).sum()) / 8
 
 
+def matrix_bytes(matrix: QuantizedMatrix) -> float:
+    """Estimate of one quantized matrix: its codes, and its scales as they are."""
+    return entropy_bytes(histogram(matrix.codes_RC)) + 2.0 * len(matrix.scales_R)
+
+
 def packed_bytes(packed: QuantizedModel) -> float:
     """Estimate of a whole artifact, before any rescaling."""
     coded = [*packed.matrices.values(), *packed.tables.values()]
-    codes = sum(entropy_bytes(histogram(m.codes_RC)) for m in coded)
-    halves = sum(len(m.scales_R) for m in coded) + sum(t.numel() for t in packed.others.values())
-    return codes + 2.0 * halves
+    return sum(map(matrix_bytes, coded)) + 2.0 * sum(t.numel() for t in packed.others.values())

@@ -149,7 +149,10 @@ class _Run:
         if not is_main_process():
             return {}
         hessians, _ = checkpoint.load_tensors(self.folder.hessians)
-        return quantize_run(self.model, hessians, self.config, self.folder.quantized)
+        calibration, _ = checkpoint.load_tensors(self.folder.calibration)
+        return quantize_run(
+            self.model, hessians, calibration["ids_BT"], self.config, self.folder.quantized
+        )
 
     def _artifact(self) -> dict[str, Any]:
         if not is_main_process():

@@ -4,6 +4,7 @@ from verify.fault import Fault
 
 _QUANT = ("verify/test_quantize.py",)
 _ARTIFACT = ("verify/test_artifact.py",)
+_ALLOCATOR = ("verify/test_allocator.py",)
 
 FAULTS = [
     Fault(
@@ -173,5 +174,47 @@ FAULTS = [
         'PACKAGES = ("trainer", "kernels")',
         'PACKAGES = ("trainer",)',
         _ARTIFACT,
+    ),
+    Fault(
+        "trainer/allocate.py",
+        "knapsack spends a matrix's bytes only when read back",
+        "tried[i, units:] = left + damage[name][bits]",
+        "tried[i] = least_damage + damage[name][bits]",
+        _ALLOCATOR,
+    ),
+    Fault(
+        "trainer/allocate.py",
+        "knapsack forgets the matrices before",
+        "least_damage = tried.min(axis=0)",
+        "least_damage = least_damage * 1",
+        _ALLOCATOR,
+    ),
+    Fault(
+        "trainer/damage.py",
+        "exchanged matrices pile up",
+        "        matrix_RC.copy_(kept_RC)",
+        "        matrix_RC.add_(0 * kept_RC)",
+        _ALLOCATOR,
+    ),
+    Fault(
+        "trainer/damage.py",
+        "damage of a model against itself included",
+        "losses.append(loss() - whole)",
+        "losses.append(loss())",
+        _ALLOCATOR,
+    ),
+    Fault(
+        "trainer/damage.py",
+        "bfloat16 head",
+        "return model.logits(model.hidden(ids_BT).float())",
+        "return model.logits(model.hidden(ids_BT))",
+        _ALLOCATOR,
+    ),
+    Fault(
+        "trainer/artifact.py",
+        "int8 matrices read as tables",
+        "matrices={n: m for n, m in quantized.items() if _is_matrix(n)},",
+        "matrices={n: m for n, m in quantized.items() if m.bits < 8},",
+        _ALLOCATOR,
     ),
 ]
