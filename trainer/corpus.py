@@ -76,6 +76,21 @@ def open_folder(folder: Path, vocab_size: int) -> DataFolder:
         DataError: no shards of a split, not exactly one tokenizer, or one of another size.
     """
     train, val = find_shards(folder, "train"), find_shards(folder, "val")
+    tokenizer = find_tokenizer(folder)
+    Tokenizer(tokenizer, vocab_size)
+    return DataFolder(
+        dir=folder,
+        name=folder.name,
+        train_paths=tuple(train),
+        val_paths=tuple(val),
+        tokenizer=tokenizer,
+        vocab_size=vocab_size,
+    )
+
+
+def find_tokenizer(folder: Path | None) -> Path:
+    """The tokenizer in `folder`, or the embedded corpus's. Raises DataError: not exactly one."""
+    folder = embedded.ensure_built() if folder is None else folder
     models = sorted(folder.glob("*.model"))
     if len(models) != 1:
         found = ", ".join(path.name for path in models) or "none"
@@ -83,15 +98,7 @@ def open_folder(folder: Path, vocab_size: int) -> DataFolder:
             f"{folder} must hold exactly one tokenizer (*.model); found {found}. "
             f"`python -m trainer.fetch --out {folder}` brings it."
         )
-    Tokenizer(models[0], vocab_size)
-    return DataFolder(
-        dir=folder,
-        name=folder.name,
-        train_paths=tuple(train),
-        val_paths=tuple(val),
-        tokenizer=models[0],
-        vocab_size=vocab_size,
-    )
+    return models[0]
 
 
 def embedded_corpus(vocab_size: int = embedded.VOCAB_SIZE) -> DataFolder:

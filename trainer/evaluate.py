@@ -73,12 +73,16 @@ def stream_of(arguments: Arguments, model: GPT) -> tuple[np.ndarray, TokenBytes]
     sizes = token_bytes(data.tokenizer, model.config.vocab_size)
     if arguments.text is None:
         return data.val(model.config.seq_len, arguments.max_tokens), sizes
-    try:
-        text = arguments.text.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{arguments.text} cannot be read as UTF-8 text: {error}") from error
-    ids = Tokenizer(data.tokenizer, model.config.vocab_size).encode(text)
+    ids = Tokenizer(data.tokenizer, model.config.vocab_size).encode(read_text(arguments.text))
     return np.array(ids[: arguments.max_tokens], dtype=np.uint16), sizes
+
+
+def read_text(path: Path) -> str:
+    """A UTF-8 text file's content. Raises DataError."""
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{path} cannot be read as UTF-8 text: {error}") from error
 
 
 def main(argv: list[str] | None = None) -> int:

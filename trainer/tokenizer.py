@@ -80,13 +80,17 @@ class Tokenizer:
 
         A space right after a control piece is the tokenizer's own prefix and left out.
         """
-        data = bytearray()
+        return b"".join(self.text_bytes(ids)).decode(errors="replace")
+
+    def text_bytes(self, ids: Iterable[int]) -> list[bytes]:
+        """The UTF-8 bytes each token adds to the text; a byte piece adds part of a character."""
+        parts: list[bytes] = []
         at_start = False
         for token in ids:
             surface = self._surfaces[token]
-            data += surface.removeprefix(b" ") if at_start else surface
+            parts.append(surface.removeprefix(b" ") if at_start else surface)
             at_start = self.model.is_control(token)
-        return data.decode(errors="replace")
+        return parts
 
     def _encode(self, texts: list[str], threads: int) -> list[list[int]]:
         # A space mark in the text itself would be taken for a space. It goes through as a
