@@ -6,6 +6,7 @@ Letters: B windows, T positions, N tokens, D width, F MLP width.
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, cast
 
 import torch
@@ -17,7 +18,7 @@ from bench.stopwatch import Subject
 from kernels.mlp import load_backend, mlp
 from trainer.average import Averages
 from trainer.config import MlpBackend
-from trainer.model import GPT, CastWeights
+from trainer.model import GPT, Stream
 from trainer.muon import newton_schulz
 from trainer.optim import Optimizer
 from trainer.parallel import NEWTON_SCHULZ_STEPS
@@ -99,27 +100,29 @@ def attention(scale: Scale) -> Case:
     weights = model._cast_weights()
     context = _context(model, scale)
 
-    def forward(x: Tensor, qo: Tensor, kv: Tensor) -> Tensor:
-        cast_weights = CastWeights(
-            qo, kv, weights.up, weights.down, weights.bigram_proj, weights.ve_proj
-        )
-        return model._attention(0, x, cast_weights, *context, None, None, None)
+    def forward(x: Tensor, qkv: Tensor, out: Tensor) -> Tensor:
+        chosen = replace(weights, qkv=qkv, out=out)
+        return model._attention(0, x, chosen, *context, None, None, None)
 
-    return _forward_backward(scale, forward, (x_BTD, weights.qo, weights.kv))
+    return _forward_backward(scale, forward, (x_BTD, weights.qkv, weights.out))
 
 
 def block(scale: Scale, backend: MlpBackend) -> Case:
-    """A whole block, forward and backward."""
-    model = scale.model(backend, one_layer(scale.config.model))
-    x_BTD, x0_BTD = _hidden(scale), _hidden(scale)
+    """A whole block and the norm behind it, forward and backward."""
+    # The last of three: it has a branch to add at its entry, and no skip.
+    model = scale.model(backend, replace(one_layer(scale.config.model), layers=3))
+    x_BTD, branch_BTD, x0_BTD = _hidden(scale), _hidden(scale), _hidden(scale)
     weights = model._cast_weights()
     context = _context(model, scale)
 
-    def forward(x: Tensor, x0: Tensor, qo: Tensor, kv: Tensor, up: Tensor, down: Tensor) -> Tensor:
-        cast_weights = CastWeights(qo, kv, up, down, weights.bigram_proj, weights.ve_proj)
-        return model._block(0, x, x0, cast_weights, *context, None, None, None)
+    def forward(
+        x: Tensor, branch: Tensor, x0: Tensor, qkv: Tensor, out: Tensor, up: Tensor, down: Tensor
+    ) -> Tensor:
+        chosen = replace(weights, qkv=qkv, out=out, up=up, down=down)
+        stream = Stream(x, branch, ())
+        return model._leave(model._block(2, stream, x0, chosen, *context, None, None, None))
 
-    leaves = (x_BTD, x0_BTD, weights.qo, weights.kv, weights.up, weights.down)
+    leaves = (x_BTD, branch_BTD, x0_BTD, weights.qkv, weights.out, weights.up, weights.down)
     return _forward_backward(scale, forward, leaves)
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from bench.stopwatch import Subject
 from trainer.artifact import Compressor
-from trainer.config import MICRO_BATCHES, MlpBackend, ModelConfig, RunConfig
+from trainer.config import MICRO_BATCHES, MlpBackend, ModelConfig, PassesBackend, RunConfig
 from trainer.model import GPT
 from trainer.record import RECORD, SMOKE
 from trainer.run import DTYPES
@@ -52,12 +52,20 @@ class Scale:
         shape = (batch, length or self.config.model.seq_len)
         return torch.randint(self.config.model.vocab_size, shape, device=self.device)
 
-    def model(self, mlp: MlpBackend = "reference", shape: ModelConfig | None = None) -> GPT:
+    def model(
+        self,
+        mlp: MlpBackend = "reference",
+        shape: ModelConfig | None = None,
+        passes: PassesBackend | None = None,
+    ) -> GPT:
         """A GPT whose zero-initialised matrices are random too, so that no product is trivial."""
         torch.manual_seed(0)
-        attention = self.config.attention
         model = GPT(
-            shape or self.config.model, compute_dtype=self.dtype, mlp=mlp, attention=attention
+            shape or self.config.model,
+            compute_dtype=self.dtype,
+            mlp=mlp,
+            attention=self.config.attention,
+            passes=passes or self.config.passes,
         )
         with torch.no_grad():
             for matrix in model.matrices().values():

@@ -46,6 +46,28 @@ def require_hopper(tensor: Tensor) -> None:
         )
 
 
+def check_cuda_tensors(**tensors: Tensor | None) -> None:
+    """Every tensor is contiguous and on one CUDA device; None passes. Raises ValueError."""
+    first: Tensor | None = None
+    for name, tensor in tensors.items():
+        if tensor is None:
+            continue
+        first = tensor if first is None else first
+        if not tensor.is_cuda or tensor.device != first.device:
+            raise ValueError(f"{name} is on {tensor.device}; all must be on one CUDA device")
+        if not tensor.is_contiguous():
+            raise ValueError(f"{name} must be contiguous; call .contiguous() on it")
+
+
+def check_power_of_two(**sizes: int) -> None:
+    """Triton's blocks have sizes that are powers of two. Raises ValueError."""
+    for name, size in sizes.items():
+        if size < 1 or size & (size - 1):
+            raise ValueError(
+                f"{name} {size} must be a power of two for backend 'triton'; choose 'reference'"
+            )
+
+
 @cache
 def _capability(device: torch.device) -> tuple[int, int]:
     return torch.cuda.get_device_capability(device)

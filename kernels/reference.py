@@ -7,12 +7,22 @@ With pre = x @ w_up^T, the MLP's activation is LeakyReLU(0.5)(pre)^2. Kernels st
 
 so the backward pass, dpre = (go @ w_down) * act_grad, needs neither `pre` nor a branch.
 
-Letters: M rows (tokens), D model width, F MLP width.
+Around the products lie passes over the residual stream and over the heads; their plain meaning is
+here too.
+
+Letters: M rows (tokens), D model width, F MLP width, B windows, T positions, H query heads,
+G key/value heads, K head size, R rotary dims.
 """
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+EPS = torch.finfo(torch.float32).eps
+"""Added to the mean square under every RMS norm, whatever the type of its input."""
+
+SMALLEST_NORM = 1e-12
+"""Value vectors shorter than this are divided by it instead of by their length."""
 
 
 def up_activation(x_MD: Tensor, w_up_FD: Tensor) -> tuple[Tensor, Tensor]:
@@ -30,3 +40,107 @@ def dpre(go_MD: Tensor, w_down_DF: Tensor, act_grad_MF: Tensor) -> Tensor:
 def mlp(x: Tensor, w_up_FD: Tensor, w_down_DF: Tensor) -> Tensor:
     """The MLP [..., D] -> [..., D] as its formula reads, differentiated by autograd."""
     return F.linear(F.leaky_relu(F.linear(x, w_up_FD), 0.5).square(), w_down_DF)
+
+
+def rms_norm(x: Tensor) -> Tensor:
+    """Divide the last dim by its root mean square; no weight (Zhang & Sennrich 2019)."""
+    return F.rms_norm(x, (x.shape[-1],), eps=EPS)
+
+
+def mix_norm(
+    x: Tensor,
+    branch: Tensor | None,
+    skip: Tensor | None,
+    skip_weight_D: Tensor | None,
+    x0: Tensor,
+    mix_2D: Tensor,
+    damp: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Entry of a block: t = x + branch + w skip, u = a t + b x0, n = damp norm(u).
+
+    Args:
+        x: residual stream [..., D].
+        branch: what the block before adds to it, or None.
+        skip: U-Net skip, or None.
+        skip_weight_D: its weight w.
+        x0: the embedding.
+        mix_2D: a and b, per channel.
+        damp: factor on the normalised output.
+
+    Returns:
+        u, n and t, all [..., D] in the type of x.
+    """
+    t = x if branch is None else x + branch
+    if skip is not None and skip_weight_D is not None:
+        t = t + skip_weight_D.to(x.dtype) * skip
+    mix = mix_2D.to(x.dtype)
+    u = mix[0] * t + mix[1] * x0
+    return u, rms_norm(u) * damp, t
+
+
+def add_norm(x: Tensor, branch: Tensor, damp: float) -> tuple[Tensor, Tensor]:
+    """x + branch, and damp times its norm; both [..., D]."""
+    total = x + branch
+    return total, rms_norm(total) * damp
+
+
+def rotate(x_BTHK: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turn the first R dims of every head, first half against second (RoFormer, partial).
+
+    Args:
+        x_BTHK: queries or keys.
+        cos: float32 [T, R/2], cosine of every position's angles.
+        sin: likewise.
+    """
+    half = cos.shape[-1]
+    turned, kept = x_BTHK[..., : 2 * half], x_BTHK[..., 2 * half :]
+    first, second = turned.float().split(half, dim=-1)
+    cos, sin = cos[:, None, :], sin[:, None, :]
+    turned = torch.cat((first * cos + second * sin, second * cos - first * sin), dim=-1)
+    return torch.cat((turned.type_as(x_BTHK), kept), dim=-1)
+
+
+def split_heads(
+    qkv: Tensor, value_embed: Tensor | None, gain_H: Tensor, kv_heads: int, cos: Tensor, sin: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries, keys and values of the joint projection, ready for attention.
+
+    q = gain rotate(norm(q)), k = rotate(norm(k)), v = v + value_embed, per head.
+
+    Args:
+        qkv: [B, T, (H + 2 G) K].
+        value_embed: [B, T, G K], or None.
+        gain_H: float32, one a query head.
+        kv_heads: G.
+        cos: float32 [T, R/2].
+        sin: likewise.
+
+    Returns:
+        q [B, T, H, K], k and v [B, T, G, K].
+    """
+    heads = len(gain_H)
+    size = qkv.shape[-1] // (heads + 2 * kv_heads)
+    q, k, v = qkv.split((heads * size, kv_heads * size, kv_heads * size), dim=-1)
+    if value_embed is not None:
+        v = v + value_embed
+    q = query_heads(q.unflatten(-1, (heads, size)), gain_H, cos, sin)
+    k = key_heads(k.unflatten(-1, (kv_heads, size)), cos, sin)
+    return q, k, v.unflatten(-1, (kv_heads, size))
+
+
+def query_heads(q_BTHK: Tensor, gain_H: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Normalise, turn and scale projected queries."""
+    return rotate(rms_norm(q_BTHK), cos, sin) * gain_H.to(q_BTHK.dtype)[:, None]
+
+
+def key_heads(k_BTGK: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Normalise and turn projected keys."""
+    return rotate(rms_norm(k_BTGK), cos, sin)
+
+
+def exclude_self(y_BTHK: Tensor, v_BTGK: Tensor) -> Tensor:
+    """XSA: take from each head's output its projection on its own position's value vector."""
+    heads = y_BTHK.unflatten(2, (v_BTGK.shape[2], -1)).float()
+    direction = F.normalize(v_BTGK.float(), dim=-1, eps=SMALLEST_NORM).unsqueeze(3)
+    rest = heads - (heads * direction).sum(-1, keepdim=True) * direction
+    return rest.flatten(2, 3).type_as(y_BTHK)

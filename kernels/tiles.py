@@ -64,3 +64,29 @@ CANDIDATES = (
 )
 """Configurations worth measuring: smaller tiles leave room for a second program whose main loop
 hides the first one's stores."""
+
+
+@dataclass(frozen=True)
+class RowBlock:
+    """Configuration of a pass over rows.
+
+    Attributes:
+        rows: rows of a program at a time.
+        warps: warps of a program.
+        programs: programs of a pass that sums over rows, each of which takes every so-many-th
+            block; others launch one program a block.
+    """
+
+    rows: int
+    warps: int
+    programs: int = 528
+
+    def count(self, rows: int) -> int:
+        """Programs of a summing pass over this many rows, and lines of partial sums it leaves."""
+        return min(self.programs, -(-rows // self.rows))
+
+
+ROW_BLOCK = RowBlock(4, 4)
+"""Passes that only map rows to rows."""
+SUMMING_BLOCK = RowBlock(2, 4)
+"""Passes that also sum over rows: half as many elements a thread, for the sums take registers."""

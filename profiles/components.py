@@ -13,6 +13,9 @@ UNATTRIBUTED = "unattributed"
 OPTIMIZER_PHASES = ("optimizer", "average")
 GEMM_OPS = ("aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm", "aten::_scaled_mm")
 ATTENTION_WORDS = ("scaled_dot_product", "fmha", "flash_fprop", "flash_bprop", "flash_attention")
+MLP_OPS = ("fairway::up_activation", "fairway::dpre")
+RESIDUAL_OPS = ("fairway::mix_norm", "fairway::add_norm")
+HEAD_OPS = ("fairway::split_heads", "fairway::exclude_self")
 GEMM_WORDS = ("nvjet", "gemm", "cublas", "xmma")
 COPY_KERNELS = ("memcpy", "memset")
 """A copy or fill that a matrix product makes for itself counts as the product's."""
@@ -74,7 +77,11 @@ def component(event: Event, sizes: Sizes) -> str:
         return "copies"
     if any(word in name or word in around for word in ATTENTION_WORDS):
         return f"attention {side}"
-    if "fairway::" in around:
+    if any(op in around for op in RESIDUAL_OPS):
+        return f"residual passes {side}"
+    if any(op in around for op in HEAD_OPS):
+        return f"head passes {side}"
+    if any(op in around for op in MLP_OPS):
         return f"fused MLP {side}"
     if any(op in GEMM_OPS for op in event.ops) or any(word in name for word in GEMM_WORDS):
         return f"GEMM {gemm_role(event, sizes)}"
@@ -111,15 +118,16 @@ def gemm_role(event: Event, sizes: Sizes) -> str:
     if sizes.tokens not in mkn:
         return "other"
     mkn.remove(sizes.tokens)
-    roles = {
-        (c.width, c.mlp_width): "MLP",
-        (c.width, c.vocab_size): "head",
-        (c.width, c.bigram_dim): "embedding projections",
-        (c.kv_width, c.value_embed_dim): "embedding projections",
-        (c.width, c.kv_width): "keys and values",
-        (c.width, c.width): "queries and out",
-    }
-    return next((role for pair, role in roles.items() if sorted(pair) == sorted(mkn)), "other")
+    roles = (
+        ((c.width, c.mlp_width), "MLP"),
+        ((c.width, c.width + 2 * c.kv_width), "queries, keys, values"),
+        ((c.width, c.vocab_size), "head"),
+        ((c.width, c.bigram_dim), "embedding projections"),
+        ((c.kv_width, c.value_embed_dim), "embedding projections"),
+        ((c.width, c.width), "attention out"),
+    )
+    # In the record's model the head is as large as a joint projection: nothing tells them apart.
+    return ", ".join(role for pair, role in roles if sorted(pair) == sorted(mkn)) or "other"
 
 
 def work(event: Event) -> Work:
@@ -135,7 +143,9 @@ def work(event: Event) -> Work:
         return Work(2.0 * batch * m * k * n, float(batch * (m * k + k * n + m * n)))
     if "scaled_dot_product" in op:
         return _attention_work(op, event.dims)
-    if op.startswith("fairway::") and len(matrices) >= 2:
+    if op.startswith(RESIDUAL_OPS + HEAD_OPS):
+        return Work(0.0, _pass_elements(op, event.dims))
+    if op.startswith(MLP_OPS) and len(matrices) >= 2:
         m, width = matrices[0]
         hidden = math.prod(matrices[1]) // width
         return Work(2.0 * m * width * hidden, float(m * width + width * hidden + 2 * m * hidden))
@@ -153,3 +163,23 @@ def _attention_work(op: str, dims: tuple[tuple[int, ...], ...]) -> Work:
     forward_flops = 2.0 * batch * heads * length * length * size  # two products, half of each
     elements = 2.0 * math.prod(q) + 2.0 * math.prod(k)
     return Work(2.5 * forward_flops, 2 * elements) if backward else Work(forward_flops, elements)
+
+
+def _pass_elements(op: str, dims: tuple[tuple[int, ...], ...]) -> float:
+    """Elements a fused pass must read and write, from the shapes of its arguments.
+
+    Every argument of the size of activations is read once; what is written follows from them.
+    """
+    sizes = [math.prod(d) for d in dims]
+    stream = max(sizes)
+    activations = [n for n in sizes if 4 * n >= stream]  # values have a fourth of qkv's width
+    name = op.removeprefix("fairway::")
+    has_skip = any(len(d) == 1 for d in dims)
+    summed = len(activations) > 2
+    written = {
+        "mix_norm": 3.0 if summed else 2.0,
+        "mix_norm_backward": 3.0 if has_skip else 2.0,
+        "add_norm": 2.0,
+        "exclude_self_backward": 1.5,
+    }
+    return sum(activations) + stream * written.get(name, 1.0)

@@ -20,6 +20,7 @@ SIZE_LIMIT_BYTES = 16_000_000
 
 MlpBackend = Literal["reference", "triton", "cutlass"]
 AttentionBackend = Literal["sdpa", "cudnn"]
+PassesBackend = Literal["reference", "triton"]
 SlotMode = Literal["off", "context", "shared"]
 
 
@@ -247,6 +248,8 @@ class RunConfig:
     """Fused MLP implementation; there is no fallback to another."""
     attention: AttentionBackend = "cudnn"
     """Attention implementation: cuDNN's, or torch's own choice."""
+    passes: PassesBackend = "triton"
+    """What lies between the products (sums, norms, rotary, XSA): plain PyTorch, or fused kernels."""
     compile: bool = True
     """Use torch.compile with fullgraph."""
     model: ModelConfig = field(default_factory=ModelConfig)

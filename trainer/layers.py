@@ -12,11 +12,6 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from trainer.config import AttentionBackend, ModelConfig
 
 
-def rms_norm(x: Tensor) -> Tensor:
-    """Divide the last dim by its root mean square; no weight (Zhang & Sennrich 2019)."""
-    return F.rms_norm(x, (x.shape[-1],))
-
-
 def rotary_tables(config: ModelConfig) -> tuple[Tensor, Tensor]:
     """Cosine and sine of every position's angles, both float32 [seq_len, R/2].
 
@@ -30,22 +25,6 @@ def rotary_tables(config: ModelConfig) -> tuple[Tensor, Tensor]:
     frequency = base ** -(torch.arange(0, dims, 2, dtype=torch.float64) / dims)
     angle = torch.outer(torch.arange(config.seq_len, dtype=torch.float64), frequency)
     return angle.cos().float(), angle.sin().float()
-
-
-def rotate(x_BTHK: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn the first R dims of every head, first half against second (RoFormer, partial).
-
-    Args:
-        x_BTHK: queries or keys.
-        cos: float32 [T, R/2], as `rotary_tables` gives.
-        sin: likewise.
-    """
-    half = cos.shape[-1]
-    turned, kept = x_BTHK[..., : 2 * half], x_BTHK[..., 2 * half :]
-    first, second = turned.float().split(half, dim=-1)
-    cos, sin = cos[:, None, :], sin[:, None, :]
-    turned = torch.cat((first * cos + second * sin, second * cos - first * sin), dim=-1)
-    return torch.cat((turned.type_as(x_BTHK), kept), dim=-1)
 
 
 def causal_attention(
@@ -81,14 +60,6 @@ def cached_attention(q_BTHK: Tensor, k_BSGK: Tensor, v_BSGK: Tensor, positions_T
         q, k_BSGK.transpose(1, 2), v_BSGK.transpose(1, 2), attn_mask=seen_TS.repeat(repeats, 1)
     )
     return y.unflatten(2, (repeats, -1)).permute(0, 3, 1, 2, 4).flatten(2, 3)
-
-
-def exclude_self(y_BTHK: Tensor, v_BTGK: Tensor) -> Tensor:
-    """XSA: take from each head's output its projection on its own position's value vector."""
-    heads = y_BTHK.unflatten(2, (v_BTGK.shape[2], -1)).float()
-    direction = F.normalize(v_BTGK.float(), dim=-1).unsqueeze(3)
-    rest = heads - (heads * direction).sum(-1, keepdim=True) * direction
-    return rest.flatten(2, 3).type_as(y_BTHK)
 
 
 class SmearGate(nn.Module):

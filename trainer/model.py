@@ -14,10 +14,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from kernels import passes, reference
 from kernels.mlp import mlp
+from kernels.reference import rms_norm
 from trainer import layers
-from trainer.config import AttentionBackend, MlpBackend, ModelConfig
-from trainer.layers import ProjectedEmbedding, SmearGate, rms_norm
+from trainer.config import AttentionBackend, MlpBackend, ModelConfig, PassesBackend
+from trainer.layers import ProjectedEmbedding, SmearGate
 from trainer.qat import fake_quantize_rows
 
 Observer = Callable[[tuple[str, ...], Tensor], None]
@@ -46,14 +48,35 @@ class KVCache:
 
 @dataclass(frozen=True)
 class CastWeights:
-    """The matrices of one forward pass, in the compute dtype (fake-quantized in late QAT)."""
+    """The matrices of one forward pass, in the compute dtype (fake-quantized in late QAT).
 
-    qo: Tensor
-    kv: Tensor
+    A block's scales of its two branches are folded into the rows of `out` and `down`: one rounding
+    of a weight as before, and neither branch is touched again before it is added.
+    """
+
+    qkv: Tensor
+    """[L, (H + 2 G) K, D]: queries, keys and values in one product."""
+    out: Tensor
+    """[L, D, D]."""
     up: Tensor
+    """[L, F, D]."""
     down: Tensor
+    """[L, D, F]."""
     bigram_proj: Tensor
     ve_proj: Tensor
+
+
+@dataclass(frozen=True)
+class Stream:
+    """The residual stream between two blocks: [B, T, D], with a sum still to be made.
+
+    The next kernel that reads `x` adds `branch` on the way, so that the sum costs no pass.
+    """
+
+    x: Tensor
+    branch: Tensor | None = None
+    skips: tuple[Tensor, ...] = ()
+    """Outputs of earlier blocks that wait to be added to later ones, innermost last."""
 
 
 class Attention(nn.Module):
@@ -84,6 +107,7 @@ class GPT(nn.Module):
         compute_dtype: torch.bfloat16 or torch.float32.
         mlp: implementation of the fused MLP, by name.
         attention: implementation of attention, by name.
+        passes: implementation of what lies between the products, by name.
     """
 
     cos: Tensor
@@ -96,11 +120,13 @@ class GPT(nn.Module):
         compute_dtype: torch.dtype = torch.float32,
         mlp: MlpBackend = "reference",
         attention: AttentionBackend = "sdpa",
+        passes: PassesBackend = "reference",
     ) -> None:
         super().__init__()
         self.config, self.compute_dtype = config, compute_dtype
         self.mlp_backend: MlpBackend = mlp
         self.attention_backend: AttentionBackend = attention
+        self.passes_backend: PassesBackend = passes
         self.late_qat = "off"
         L, D, F_ = config.layers, config.width, config.mlp_width
         self.tok_emb = nn.Embedding(config.vocab_size, D)
@@ -196,24 +222,19 @@ class GPT(nn.Module):
         positions_T = torch.arange(ids_BT.shape[1], device=ids_BT.device)
         if cache is not None:
             positions_T = positions_T + cache.position
-        x = self._embed(ids_BT, positions_T, cache, weights)
+        x0 = self._embed(ids_BT, positions_T, cache, weights)
         value_embeds = self._value_embeds(ids_BT, weights)
         rotary = (self.cos[positions_T], self.sin[positions_T])
-        x0 = x
-        skips: list[Tensor] = []
+        stream = Stream(x0)
         for i in range(self.config.layers):
-            if i >= self.encoder_layers and skips:
-                j = i - self.encoder_layers
-                x = x + self.skip_weights[j].to(x.dtype) * skips.pop()
             wanted = last if i == self.config.layers - 1 else None
-            x = self._block(
-                i, x, x0, weights, rotary, positions_T, value_embeds.get(i), cache, observe, wanted
-            )
-            if i < self.encoder_layers:
-                skips.append(x)
+            stream = self._block(
+                i, stream, x0, weights, rotary, positions_T, value_embeds.get(i), cache, observe,
+                wanted,
+            )  # fmt: skip
         if cache is not None:
             cache.position.add_(ids_BT.shape[1])
-        return rms_norm(x)
+        return self._leave(stream)
 
     def logits(self, hidden_BTD: Tensor) -> Tensor:
         """Softcapped next-token logits, float32 [..., V], from hidden states [..., D]."""
@@ -234,7 +255,13 @@ class GPT(nn.Module):
             banks = [fake_quantize_rows(bank) for bank in banks]
         if self.late_qat in ("banks", "linears"):
             linears = [fake_quantize_rows(linear) for linear in linears]
-        return CastWeights(*(w.to(self.compute_dtype) for w in (*banks, *linears)))
+        qo, kv, up, down = banks
+        (q, out), (k, v) = qo.chunk(2), kv.chunk(2)
+        blocks = [self.block(i) for i in range(self.config.layers)]
+        out = torch.stack([b.attn_scale for b in blocks]).unsqueeze(-1) * out
+        down = torch.stack([b.mlp_scale for b in blocks]).unsqueeze(-1) * down
+        matrices = (torch.cat((q, k, v), dim=1), out, up, down, *linears)
+        return CastWeights(*(w.to(self.compute_dtype) for w in matrices))
 
     def _embed(
         self, ids_BT: Tensor, positions_T: Tensor, cache: KVCache | None, weights: CastWeights
@@ -266,7 +293,7 @@ class GPT(nn.Module):
     def _block(
         self,
         i: int,
-        x: Tensor,
+        stream: Stream,
         x0: Tensor,
         weights: CastWeights,
         rotary: tuple[Tensor, Tensor],
@@ -275,27 +302,61 @@ class GPT(nn.Module):
         cache: KVCache | None,
         observe: Observer | None,
         last: int | None = None,
-    ) -> Tensor:
-        """Block i: mix in x0, attend, then the MLP, each as a scaled residual.
+    ) -> Stream:
+        """Block i: mix in x0, attend, then the MLP.
 
         With `last`, only that many last positions attend and pass on.
         """
-        block = self.block(i)
-        dtype, damp = x.dtype, 1 / math.sqrt(i + 1)
-        mix = block.resid_mix.to(dtype)
-        u = mix[0] * x + mix[1] * x0
+        damp = 1 / math.sqrt(i + 1)
+        u, normed, skips = self._enter(i, stream, x0, damp)
         attended = self._attention(
-            i, rms_norm(u) * damp, weights, rotary, positions_T, value_embed, cache, observe, last
+            i, normed, weights, rotary, positions_T, value_embed, cache, observe, last
         )
         if last is not None:
             u = u[:, -last:]
-        x = u + block.attn_scale.to(dtype) * attended
-        normed = rms_norm(x) * damp
+        normed, x = passes.add_norm(u, attended, damp, backend=self.passes_backend)
+        assert x is not None
         y, post = mlp(normed, weights.up[i], weights.down[i], backend=self.mlp_backend)
         if observe is not None:
             observe((f"blocks.{i}.up",), normed)
             observe((f"blocks.{i}.down",), post)
-        return x + block.mlp_scale.to(dtype) * y
+        return Stream(x, y, skips)
+
+    def _enter(
+        self, i: int, stream: Stream, x0: Tensor, damp: float
+    ) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
+        """The mix a block starts from, its norm, and the skips that wait for later blocks.
+
+        What a block of the first half gives out is summed up at the entry of the next one, and is
+        its skip. The innermost skip joins at once.
+        """
+        x, branch, skips = stream.x, stream.branch, stream.skips
+        joins = i - self.encoder_layers
+        if joins == 0 and branch is not None:
+            x, branch = x + branch, None
+            skips = (*skips, x)
+        skip = skips[-1] if joins >= 0 and skips else None
+        u, normed, total = passes.mix_norm(
+            x,
+            x0,
+            self.block(i).resid_mix,
+            damp,
+            branch=branch,
+            skip=skip,
+            skip_weight_D=None if skip is None else self.skip_weights[joins],
+            keep_sum=0 < i < self.encoder_layers,
+            backend=self.passes_backend,
+        )
+        if total is not None:
+            return u, normed, (*skips, total)
+        return u, normed, skips if skip is None else skips[:-1]
+
+    def _leave(self, stream: Stream) -> Tensor:
+        """Final RMSNorm of the stream with the last block's branch."""
+        assert stream.branch is not None, "a model has at least one block"
+        return passes.add_norm(
+            stream.x, stream.branch, 1.0, keep_sum=False, backend=self.passes_backend
+        )[0]
 
     def _attention(
         self,
@@ -309,32 +370,55 @@ class GPT(nn.Module):
         observe: Observer | None,
         last: int | None = None,
     ) -> Tensor:
-        """Grouped-query attention with normalised q and k, partial rotary and XSA.
+        """Grouped-query attention with normalised q and k, partial rotary and XSA."""
+        gain_H = self.block(i).attn.q_gain
+        if cache is None and last is None:
+            q, k, v = passes.split_heads(
+                F.linear(x, weights.qkv[i]),
+                value_embed,
+                gain_H,
+                self.config.kv_heads,
+                *rotary,
+                backend=self.passes_backend,
+            )
+            y = layers.causal_attention(q, k, v, self.attention_backend)
+            y = passes.exclude_self(y, v, backend=self.passes_backend)
+        else:
+            y = self._attend_partly(
+                i, x, weights.qkv[i], rotary, positions_T, value_embed, cache, last
+            )
+        y = y.flatten(2)
+        if observe is not None:
+            observe(tuple(f"blocks.{i}.{m}" for m in "qkv"), x)
+            observe((f"blocks.{i}.out",), y)
+        return F.linear(y, weights.out[i])
 
-        With `last`, only that many last positions have queries.
-        """
-        c, L = self.config, self.config.layers
+    def _attend_partly(
+        self,
+        i: int,
+        x: Tensor,
+        w_qkv: Tensor,
+        rotary: tuple[Tensor, Tensor],
+        positions_T: Tensor,
+        value_embed: Tensor | None,
+        cache: KVCache | None,
+        last: int | None,
+    ) -> Tensor:
+        """Attention [B, T, H, K] of few queries: to a cache, or of the `last` positions alone."""
+        c = self.config
         tail = slice(None) if last is None else slice(-last, None)
-        q = F.linear(x[:, tail], weights.qo[i]).unflatten(-1, (c.query_heads, c.head_size))
-        k = F.linear(x, weights.kv[i]).unflatten(-1, (c.kv_heads, c.head_size))
-        v = F.linear(x, weights.kv[L + i])
+        q = F.linear(x[:, tail], w_qkv[: c.width]).unflatten(-1, (c.query_heads, c.head_size))
+        k, v = F.linear(x, w_qkv[c.width :]).chunk(2, dim=-1)
         if value_embed is not None:
             v = v + value_embed
-        v = v.unflatten(-1, (c.kv_heads, c.head_size))
-        gain = self.block(i).attn.q_gain.to(x.dtype)[:, None]
-        q = layers.rotate(rms_norm(q), *(table[tail] for table in rotary)) * gain
-        k = layers.rotate(rms_norm(k), *rotary)
+        k, v = (t.unflatten(-1, (c.kv_heads, c.head_size)) for t in (k, v))
+        gain_H = self.block(i).attn.q_gain
+        q = reference.query_heads(q, gain_H, *(table[tail] for table in rotary))
+        k = reference.key_heads(k, *rotary)
         keys, values = k, v
         if cache is not None:
             keys, values = cache.k_LBTGK[i], cache.v_LBTGK[i]
             keys.index_copy_(1, positions_T, k)
             values.index_copy_(1, positions_T, v)
-        if cache is None and last is None:
-            y = layers.causal_attention(q, k, v, self.attention_backend)
-        else:
-            y = layers.cached_attention(q, keys, values, positions_T[tail])
-        y = layers.exclude_self(y, v[:, tail]).flatten(2)
-        if observe is not None:
-            observe(tuple(f"blocks.{i}.{m}" for m in "qkv"), x)
-            observe((f"blocks.{i}.out",), y)
-        return F.linear(y, weights.qo[L + i])
+        y = layers.cached_attention(q, keys, values, positions_T[tail])
+        return reference.exclude_self(y, v[:, tail])

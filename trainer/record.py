@@ -19,6 +19,7 @@ SMOKE = RunConfig(
     compute_dtype="float32",
     mlp="reference",
     attention="sdpa",
+    passes="reference",
     compile=False,
     model=ModelConfig(
         seq_len=256,

@@ -3,10 +3,11 @@
 from verify.fault import Fault
 
 _MODEL = ("verify/test_model.py",)
+_PASSES = ("verify/test_passes.py",)
 
 FAULTS = [
     Fault(
-        "trainer/layers.py",
+        "kernels/reference.py",
         "rotary turns the wrong way",
         "second * cos - first * sin",
         "second * cos + first * sin",
@@ -41,16 +42,16 @@ FAULTS = [
         _MODEL,
     ),
     Fault(
-        "trainer/layers.py",
+        "kernels/reference.py",
         "XSA adds the own-value component",
         "heads - (heads * direction)",
         "heads + (heads * direction)",
         _MODEL,
     ),
     Fault(
-        "trainer/layers.py",
+        "kernels/reference.py",
         "XSA does not normalise the value vector",
-        "direction = F.normalize(v_BTGK.float(), dim=-1).unsqueeze(3)",
+        "direction = F.normalize(v_BTGK.float(), dim=-1, eps=SMALLEST_NORM).unsqueeze(3)",
         "direction = v_BTGK.float().unsqueeze(3)",
         _MODEL,
     ),
@@ -85,8 +86,8 @@ FAULTS = [
     Fault(
         "trainer/model.py",
         "U-Net skips popped first-in first-out",
-        "skips.pop()",
-        "skips.pop(0)",
+        "skip = skips[-1] if",
+        "skip = skips[0] if",
         _MODEL,
     ),
     Fault(
@@ -99,43 +100,43 @@ FAULTS = [
     Fault(
         "trainer/model.py",
         "depth damping dropped",
-        "damp = x.dtype, 1 / math.sqrt(i + 1)",
-        "damp = x.dtype, 1.0",
+        "damp = 1 / math.sqrt(i + 1)",
+        "damp = 1.0",
         _MODEL,
     ),
     Fault(
-        "trainer/model.py",
+        "kernels/reference.py",
         "x and x0 swapped in the residual mix",
-        "u = mix[0] * x + mix[1] * x0",
-        "u = mix[1] * x + mix[0] * x0",
+        "u = mix[0] * t + mix[1] * x0",
+        "u = mix[1] * t + mix[0] * x0",
         _MODEL,
     ),
     Fault(
         "trainer/model.py",
         "MLP residual taken from before attention",
-        "return x + block.mlp_scale.to(dtype) * y",
-        "return u + block.mlp_scale.to(dtype) * y",
+        "return Stream(x, y, skips)",
+        "return Stream(u, y, skips)",
         _MODEL,
     ),
     Fault(
-        "trainer/model.py",
+        "kernels/reference.py",
         "query gain applied to keys",
-        "k = layers.rotate(rms_norm(k), *rotary)\n",
-        "k = layers.rotate(rms_norm(k), *rotary) * gain[0]\n",
+        "    k = key_heads(k.unflatten(-1, (kv_heads, size)), cos, sin)\n",
+        "    k = key_heads(k.unflatten(-1, (kv_heads, size)), cos, sin) * gain_H[0]\n",
         _MODEL,
     ),
     Fault(
         "trainer/model.py",
         "value matrix taken from the key half of the bank",
-        "v = F.linear(x, weights.kv[L + i])",
-        "v = F.linear(x, weights.kv[i])",
+        "torch.cat((q, k, v), dim=1)",
+        "torch.cat((q, k, k), dim=1)",
         _MODEL,
     ),
     Fault(
-        "trainer/model.py",
+        "kernels/reference.py",
         "value embedding left out",
-        "            v = v + value_embed\n",
-        "            v = v + 0 * value_embed\n",
+        "        v = v + value_embed\n",
+        "        v = v + 0 * value_embed\n",
         _MODEL,
     ),
     Fault(
@@ -162,8 +163,8 @@ FAULTS = [
     Fault(
         "trainer/model.py",
         "final normalisation dropped",
-        "        return rms_norm(x)\n",
-        "        return x\n",
+        "            stream.x, stream.branch, 1.0, keep_sum=False, backend=self.passes_backend\n        )[0]",
+        "            stream.x, stream.branch, 1.0, keep_sum=False, backend=self.passes_backend\n        )[0] * 2",
         _MODEL,
     ),
     Fault(
@@ -172,5 +173,61 @@ FAULTS = [
         'in ("q", "k", "v", "up")',
         'in ("q", "k", "v")',
         _MODEL,
+    ),
+    Fault(
+        "trainer/model.py",
+        "scales of attention and MLP swapped when folded",
+        "out = torch.stack([b.attn_scale for b in blocks])",
+        "out = torch.stack([b.mlp_scale for b in blocks])",
+        _MODEL,
+    ),
+    Fault(
+        "trainer/model.py",
+        "skip of the innermost block joins twice",
+        "x, branch = x + branch, None",
+        "x = x + branch",
+        _MODEL,
+    ),
+    Fault(
+        "kernels/residual_triton.py",
+        "norm's gradient without its part along the input",
+        "inverse[:, None] * grad - (inverse * inverse * inverse * along)[:, None] * x",
+        "inverse[:, None] * grad",
+        _PASSES,
+    ),
+    Fault(
+        "kernels/residual_triton.py",
+        "the skip's gradient misses what later blocks send",
+        "            sum_w += total * tl.load",
+        "            sum_w += a * tl.load",
+        _PASSES,
+    ),
+    Fault(
+        "kernels/residual_triton.py",
+        "rows past the first group of a program forgotten",
+        "range(tl.program_id(0) * ROWS, M, tl.num_programs(0) * ROWS)",
+        "range(tl.program_id(0) * ROWS, M, M)",
+        _PASSES,
+    ),
+    Fault(
+        "kernels/heads_triton.py",
+        "gradient turned on instead of back",
+        "straight = turned * c - other * s",
+        "straight = turned * c + other * s",
+        _PASSES,
+    ),
+    Fault(
+        "kernels/heads_triton.py",
+        "only one head of a group sends its gradient to the values",
+        "d_unit -= of_head * outer",
+        "d_unit = -of_head * outer",
+        _PASSES,
+    ),
+    Fault(
+        "kernels/passes.py",
+        "the branch gets no gradient",
+        "d_branch = dx if ctx.has_branch else None",
+        "d_branch = 0 * dx if ctx.has_branch else None",
+        _PASSES,
     ),
 ]

@@ -59,6 +59,12 @@ def kernel(
             "attention backward",
         ),
         (kernel("_up_kernel", ("fairway::up_activation_triton",)), "fused MLP forward"),
+        (kernel("mix_norm_kernel", ("fairway::mix_norm",)), "residual passes forward"),
+        (
+            kernel("add_norm_backward_kernel", ("fairway::add_norm_backward",), "backward"),
+            "residual passes backward",
+        ),
+        (kernel("split_heads_kernel", ("fairway::split_heads",)), "head passes forward"),
         (
             kernel("cutlass::device_kernel", ("fairway::dpre_cutlass",), "backward"),
             "fused MLP backward",
@@ -82,10 +88,10 @@ def test_kernels_find_their_component(event: Event, expected: str) -> None:
     [
         ((N, D), (D, F), "MLP"),
         ((F, N), (N, D), "MLP"),
-        ((N, D), (D, D), "queries and out"),
-        ((D, N), (N, D), "queries and out"),
-        ((N, D), (D, KV), "keys and values"),
-        ((N, V), (V, D), "head"),
+        ((N, D), (D, D), "attention out"),
+        ((D, N), (N, D), "attention out"),
+        ((N, D), (D, D + 2 * KV), "queries, keys, values, head"),
+        ((N, V), (V, D), "queries, keys, values, head"),
         ((N, 112), (112, D), "embedding projections"),
         ((N, 128), (128, KV), "embedding projections"),
         ((D, D), (D, D), "other"),
@@ -102,9 +108,10 @@ def test_products_are_named_by_their_sizes(
 
 def test_a_head_as_wide_as_the_batch_is_still_told_apart() -> None:
     """With as many tokens as vocabulary entries, projections are not taken for the head."""
-    sizes = Sizes(ModelConfig(), tokens=1024)
-    for second, role in (((D, D), "queries and out"), ((D, 1024), "head")):
-        product = kernel("nvjet", ("aten::mm",), dims=((1024, D), second))
+    sizes = Sizes(ModelConfig(vocab_size=2048), tokens=2048)
+    joint = ((D, D + 2 * KV), "queries, keys, values")
+    for second, role in (((D, D), "attention out"), ((D, 2048), "head"), joint):
+        product = kernel("nvjet", ("aten::mm",), dims=((2048, D), second))
         assert gemm_role(product, sizes) == role
 
 
@@ -144,6 +151,29 @@ def test_work_counts_every_operation_once() -> None:
     fused = kernel("x", ("fairway::up_activation_triton",), dims=((6, 4), (10, 4)))
     assert work(fused).flops == 2 * 6 * 4 * 10
     assert work(fused).elements == 6 * 4 + 4 * 10 + 2 * 6 * 10
+
+
+def test_work_of_fused_passes_counts_every_tensor_once() -> None:
+    """A pass reads its activations and writes its outputs once; small weights do not count."""
+    x, mix, d = (N, D), (2, D), (D,)
+    whole = N * D
+    qkv, q, kv = (48, 2048, 1024), (48, 2048, 8, 64), (48, 2048, 4, 64)
+    tables = ((2048, 8), (2048, 8))
+    for name, dims, streams in (
+        ("mix_norm", (x, x, mix), 2 + 2),
+        ("mix_norm", (x, x, x, mix), 3 + 3),
+        ("mix_norm", (x, x, x, d, x, mix), 4 + 3),
+        ("mix_norm_backward", (x, x, x, x, mix), 4 + 2),
+        ("mix_norm_backward", (x, x, x, x, x, d, mix), 5 + 3),
+        ("add_norm", (x, x), 2 + 2),
+        ("add_norm_backward", (x, x, x), 3 + 1),
+        ("split_heads", (qkv, (8,), *tables), 2 + 2),
+        ("split_heads", (qkv, (48, 2048, 256), (8,), *tables), 2 + 0.5 + 2),
+        ("split_heads_backward", (q, kv, kv, qkv, (8,), *tables), 2 + 2 + 2),
+        ("exclude_self", (q, kv), 1.5 + 1),
+        ("exclude_self_backward", (q, q, kv), 2.5 + 1.5),
+    ):
+        assert work(kernel("x", (f"fairway::{name}",), dims=dims)).elements == streams * whole, name
 
 
 def profile_of(events: list[Event], idle_ms: float, step_ms: float, steps: int = 1) -> Profile:

@@ -1,0 +1,192 @@
+"""The fused passes as torch operators: checked, opaque to the compiler, with shapes known to it.
+
+Letters: M rows (tokens), D model width, B windows, T positions, H query heads, G key/value heads,
+K head size, W joint width of queries, keys and values, P programs.
+"""
+
+import torch
+from torch import Tensor
+
+from kernels import heads_triton, residual_triton
+from kernels.checks import check_cuda_tensors, check_power_of_two
+from kernels.tiles import SUMMING_BLOCK
+
+
+@torch.library.custom_op("fairway::mix_norm", mutates_args=())
+def mix_norm(
+    x: Tensor,
+    branch: Tensor | None,
+    skip: Tensor | None,
+    skip_weight_D: Tensor | None,
+    x0: Tensor,
+    mix_2D: Tensor,
+    damp: float,
+) -> list[Tensor]:
+    """u and n, and t unless it is x itself; arguments of `kernels.reference.mix_norm`, [M, D].
+
+    Raises:
+        ValueError: an argument is not on a CUDA device or not contiguous, or D is no power of two.
+    """
+    _check_stream(x=x, branch=branch, skip=skip, x0=x0)
+    return residual_triton.mix_norm(x, branch, skip, skip_weight_D, x0, mix_2D, damp)
+
+
+@mix_norm.register_fake
+def _(
+    x: Tensor,
+    branch: Tensor | None,
+    skip: Tensor | None,
+    skip_weight_D: Tensor | None,
+    x0: Tensor,
+    mix_2D: Tensor,
+    damp: float,
+) -> list[Tensor]:
+    outputs = 2 if branch is None and skip is None else 3
+    return [torch.empty_like(x) for _ in range(outputs)]
+
+
+@torch.library.custom_op("fairway::mix_norm_backward", mutates_args=())
+def mix_norm_backward(
+    du: Tensor,
+    dn: Tensor,
+    dt: Tensor | None,
+    t: Tensor,
+    x0: Tensor,
+    skip: Tensor | None,
+    skip_weight_D: Tensor | None,
+    mix_2D: Tensor,
+    damp: float,
+) -> list[Tensor]:
+    """Gradients at x and x0, partial sums [P, 3, D] of those at a, b and w; dskip if any."""
+    _check_stream(du=du, dn=dn, dt=dt, t=t, x0=x0, skip=skip)
+    return residual_triton.mix_norm_backward(du, dn, dt, t, x0, skip, skip_weight_D, mix_2D, damp)
+
+
+@mix_norm_backward.register_fake
+def _(
+    du: Tensor,
+    dn: Tensor,
+    dt: Tensor | None,
+    t: Tensor,
+    x0: Tensor,
+    skip: Tensor | None,
+    skip_weight_D: Tensor | None,
+    mix_2D: Tensor,
+    damp: float,
+) -> list[Tensor]:
+    programs = SUMMING_BLOCK.count(t.shape[0])
+    sums = t.new_empty((programs, 3, t.shape[1]), dtype=torch.float32)
+    gradients = [torch.empty_like(t), torch.empty_like(t), sums]
+    return gradients if skip is None else [*gradients, torch.empty_like(t)]
+
+
+@torch.library.custom_op("fairway::add_norm", mutates_args=())
+def add_norm(x: Tensor, branch: Tensor, damp: float) -> tuple[Tensor, Tensor]:
+    """x + branch and damp times its norm, [M, D]; meaning: `kernels.reference.add_norm`.
+
+    Raises:
+        ValueError: as `mix_norm`.
+    """
+    _check_stream(x=x, branch=branch)
+    return residual_triton.add_norm(x, branch, damp)
+
+
+@add_norm.register_fake
+def _(x: Tensor, branch: Tensor, damp: float) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(x), torch.empty_like(x)
+
+
+@torch.library.custom_op("fairway::add_norm_backward", mutates_args=())
+def add_norm_backward(dt: Tensor | None, dn: Tensor, t: Tensor, damp: float) -> Tensor:
+    """Gradient at x and at branch, [M, D]."""
+    _check_stream(dt=dt, dn=dn, t=t)
+    return residual_triton.add_norm_backward(dt, dn, t, damp)
+
+
+@add_norm_backward.register_fake
+def _(dt: Tensor | None, dn: Tensor, t: Tensor, damp: float) -> Tensor:
+    return torch.empty_like(t)
+
+
+@torch.library.custom_op("fairway::split_heads", mutates_args=())
+def split_heads(
+    qkv: Tensor, value_embed: Tensor | None, gain_H: Tensor, kv_heads: int, cos: Tensor, sin: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """q [B, T, H, K], k and v [B, T, G, K]; meaning: `kernels.reference.split_heads`.
+
+    Raises:
+        ValueError: an argument is not on a CUDA device or not contiguous, or a number of heads or
+            the head size is no power of two.
+    """
+    check_cuda_tensors(qkv=qkv, value_embed=value_embed, gain=gain_H, cos=cos, sin=sin)
+    size = qkv.shape[-1] // (len(gain_H) + 2 * kv_heads)
+    check_power_of_two(query_heads=len(gain_H), kv_heads=kv_heads, head_size=size)
+    return heads_triton.split_heads(qkv, value_embed, gain_H, kv_heads, cos, sin)
+
+
+@split_heads.register_fake
+def _(
+    qkv: Tensor, value_embed: Tensor | None, gain_H: Tensor, kv_heads: int, cos: Tensor, sin: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    (B, T, W), H = qkv.shape, len(gain_H)
+    K = W // (H + 2 * kv_heads)
+    heads = (H, kv_heads, kv_heads)
+    q, k, v = (qkv.new_empty((B, T, count, K)) for count in heads)
+    return q, k, v
+
+
+@torch.library.custom_op("fairway::split_heads_backward", mutates_args=())
+def split_heads_backward(
+    dq: Tensor, dk: Tensor, dv: Tensor, qkv: Tensor, gain_H: Tensor, cos: Tensor, sin: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Gradient at qkv, [B, T, W], and partial sums [P, H] of that at the gains."""
+    check_cuda_tensors(dq=dq, dk=dk, dv=dv, qkv=qkv)
+    return heads_triton.split_heads_backward(dq, dk, dv, qkv, gain_H, cos, sin)
+
+
+@split_heads_backward.register_fake
+def _(
+    dq: Tensor, dk: Tensor, dv: Tensor, qkv: Tensor, gain_H: Tensor, cos: Tensor, sin: Tensor
+) -> tuple[Tensor, Tensor]:
+    programs = SUMMING_BLOCK.count(qkv.shape[0] * qkv.shape[1])
+    sums = qkv.new_empty((programs, len(gain_H)), dtype=torch.float32)
+    return torch.empty_like(qkv), sums
+
+
+@torch.library.custom_op("fairway::exclude_self", mutates_args=())
+def exclude_self(y_BTHK: Tensor, v_BTGK: Tensor) -> Tensor:
+    """Attention's output without its own values; meaning: `kernels.reference.exclude_self`.
+
+    Raises:
+        ValueError: as `split_heads`.
+    """
+    check_cuda_tensors(y=y_BTHK, v=v_BTGK)
+    heads, size = y_BTHK.shape[2:]
+    check_power_of_two(query_heads=heads, kv_heads=v_BTGK.shape[2], head_size=size)
+    return heads_triton.exclude_self(y_BTHK, v_BTGK)
+
+
+@exclude_self.register_fake
+def _(y_BTHK: Tensor, v_BTGK: Tensor) -> Tensor:
+    return torch.empty_like(y_BTHK)
+
+
+@torch.library.custom_op("fairway::exclude_self_backward", mutates_args=())
+def exclude_self_backward(
+    grad_BTHK: Tensor, y_BTHK: Tensor, v_BTGK: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Gradients at y and v."""
+    check_cuda_tensors(grad=grad_BTHK, y=y_BTHK, v=v_BTGK)
+    return heads_triton.exclude_self_backward(grad_BTHK, y_BTHK, v_BTGK)
+
+
+@exclude_self_backward.register_fake
+def _(grad_BTHK: Tensor, y_BTHK: Tensor, v_BTGK: Tensor) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(y_BTHK), torch.empty_like(v_BTGK)
+
+
+def _check_stream(**tensors: Tensor | None) -> None:
+    """Tensors [M, D] over the residual stream."""
+    check_cuda_tensors(**tensors)
+    width = next(t.shape[-1] for t in tensors.values() if t is not None)
+    check_power_of_two(width=width)

@@ -1,0 +1,329 @@
+"""Claims about the fused passes: each computes its plain meaning, gradients included."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from kernels import passes, reference
+from kernels.checks import check_cuda_tensors, check_power_of_two
+from trainer.config import ModelConfig
+from trainer.model import GPT
+from verify.models import random_model
+from verify.tolerance import check, kernel_budget, relative_error, rounding_budget
+
+ROOT = Path(__file__).resolve().parents[1]
+BF16 = torch.bfloat16
+
+INTERPRETED = """
+import sys, torch
+from hypothesis import given, settings, strategies as st
+from kernels import heads_triton, reference, residual_triton
+from kernels.tiles import RowBlock
+from verify.tolerance import check, relative_error, rounding_budget
+
+blocks = st.builds(RowBlock, st.sampled_from([1, 2, 4]), st.just(4), st.integers(1, 3))
+powers = st.sampled_from([8, 16, 32])
+many = settings(max_examples=int(sys.argv[1]), deadline=None, derandomize=True, database=None)
+
+def draw(seed, *shapes):
+    g = torch.Generator().manual_seed(seed)
+    return [torch.randn(s, generator=g, dtype=torch.float64).requires_grad_() for s in shapes]
+
+def single(t):
+    return None if t is None else t.detach().float()
+
+def compare(names, got, want, operations):
+    for name, a, b in zip(names, got, want, strict=True):
+        check(name, relative_error(a, b), rounding_budget(operations, torch.float32))
+
+@many
+@given(seed=st.integers(0, 99), m=st.integers(1, 11), d=powers, branch=st.booleans(),
+       skip=st.booleans(), more=st.booleans(), block=blocks)
+def mix_norm(seed, m, d, branch, skip, more, block):
+    more = more and (branch or skip)
+    x, b, s, x0 = draw(seed, *[(m, d)] * 4)
+    w, mix = draw(seed + 1, (d,), (2, d))
+    b, s, w = (b if branch else None), (s if skip else None), (w if skip else None)
+    u, n, t = reference.mix_norm(x, b, s, w, x0, mix, 0.7)
+    du, dn, dt = draw(seed + 2, *[(m, d)] * 3)
+    ((u * du).sum() + (n * dn).sum() + (t * dt).sum() * more).backward()
+    outputs = residual_triton.mix_norm(
+        *(single(a) for a in (x, b, s, w, x0, mix)), 0.7, block)
+    compare(("u", "n", "t"), outputs, (u, n, t), 8 * d + 16) if branch or skip else compare(
+        ("u", "n"), outputs, (u, n), 8 * d + 16)
+    total = outputs[2] if len(outputs) == 3 else single(x)
+    dx, dx0, sums, *dskip = residual_triton.mix_norm_backward(
+        single(du), single(dn), single(dt) if more else None, total, single(x0), single(s),
+        single(w), single(mix), 0.7, block)
+    sums = sums.sum(0)
+    budget = 32 * (d + m) + 64
+    compare(("dx", "dx0", "dmix"), (dx, dx0, sums[:2]), (x.grad, x0.grad, mix.grad), budget)
+    if skip:
+        compare(("dskip", "dw"), (*dskip, sums[2]), (s.grad, w.grad), budget)
+
+@many
+@given(seed=st.integers(0, 99), m=st.integers(1, 11), d=powers, more=st.booleans(), block=blocks)
+def add_norm(seed, m, d, more, block):
+    x, b, dt, dn = draw(seed, *[(m, d)] * 4)
+    t, n = reference.add_norm(x, b, 0.3)
+    ((t * dt).sum() * more + (n * dn).sum()).backward()
+    got = residual_triton.add_norm(single(x), single(b), 0.3, block)
+    compare(("t", "n"), got, (t, n), 8 * d + 16)
+    dx = residual_triton.add_norm_backward(
+        single(dt) if more else None, single(dn), got[0], 0.3, block)
+    compare(("dx",), (dx,), (x.grad,), 32 * d + 64)
+
+@many
+@given(seed=st.integers(0, 99), b=st.integers(1, 2), t=st.integers(1, 6),
+       heads=st.sampled_from([(4, 2), (2, 2), (4, 1)]), half=st.integers(1, 4),
+       embed=st.booleans(), block=blocks)
+def heads(seed, b, t, heads, half, embed, block):
+    (h, g), k = heads, 8
+    qkv, value_embed = draw(seed, (b, t, (h + 2 * g) * k), (b, t, g * k))
+    gain, angle = draw(seed + 1, (h,), (t, half))
+    cos, sin = angle.detach().cos().float(), angle.detach().sin().float()
+    value_embed = value_embed if embed else None
+    want = reference.split_heads(qkv, value_embed, gain, g, cos, sin)
+    grads = draw(seed + 2, *[w.shape for w in want])
+    sum((w * grad).sum() for w, grad in zip(want, grads)).backward()
+    got = heads_triton.split_heads(
+        single(qkv), single(value_embed), single(gain), g, cos, sin, block)
+    compare("qkv", got, want, 16 * k)
+    dqkv, sums = heads_triton.split_heads_backward(
+        *(single(x) for x in grads), single(qkv), single(gain), cos, sin, block)
+    compare(("dqkv", "dgain"), (dqkv, sums.sum(0)), (qkv.grad, gain.grad), 64 * k * (b * t + h))
+
+@many
+@given(seed=st.integers(0, 99), b=st.integers(1, 2), t=st.integers(1, 6),
+       heads=st.sampled_from([(4, 2), (2, 2), (4, 1)]), zero=st.booleans(), block=blocks)
+def exclude_self(seed, b, t, heads, zero, block):
+    (h, g), k = heads, 8
+    y, v, grad = draw(seed, (b, t, h, k), (b, t, g, k), (b, t, h, k))
+    if zero:
+        v.data[0, 0, 0] = 0
+    want = reference.exclude_self(y, v)
+    want.backward(grad)
+    got = heads_triton.exclude_self(single(y), single(v), block)
+    dy, dv = heads_triton.exclude_self_backward(single(grad), single(y), single(v), block)
+    compare(("y", "dy"), (got, dy), (want, y.grad), 16 * k)
+    assert not dv.isnan().any()
+    there = v.norm(dim=-1) > 0
+    # Short values magnify every rounding.
+    worst = max([0.0, *(1 / v.norm(dim=-1)[there]).tolist()])
+    check("dv", relative_error(dv[there], v.grad[there]),
+          rounding_budget(64 * k, torch.float32) * max(1.0, worst))
+
+globals()[sys.argv[2]]()
+"""
+
+
+@pytest.mark.parametrize("name", ["mix_norm", "add_norm", "heads", "exclude_self"])
+def test_passes_equal_the_reference_in_the_interpreter(name: str) -> None:
+    """Every fused pass and its backward, interpreted, equals float64 autograd of its meaning."""
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    result = subprocess.run(
+        [sys.executable, "-c", INTERPRETED, "8", name],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr[-3000:]
+
+
+MODEL = """
+import torch
+from kernels import pass_ops
+from trainer.model import GPT
+from verify.models import random_model
+from verify.tolerance import check, relative_error, rounding_budget
+
+pass_ops.check_cuda_tensors = lambda **tensors: None  # the interpreter takes CPU tensors
+plain = random_model().requires_grad_()
+fused = GPT(plain.config, passes="triton")
+fused.load_state_dict(plain.state_dict())
+ids, targets = torch.randint(64, (2, 2, 24), generator=torch.Generator().manual_seed(0))
+want = plain.loss(ids, targets)
+want.backward()
+compiled = torch.compile(fused.loss, fullgraph=True, backend="aot_eager")
+got = compiled(ids, targets)
+got.backward()
+depth = 40 * plain.config.layers * plain.config.width
+check("loss", relative_error(got, want), rounding_budget(depth, torch.float32))
+grads = dict(fused.named_parameters())
+for name, p in plain.named_parameters():
+    assert p.grad is not None and p.grad.any(), name
+    error = relative_error(grads[name].grad, p.grad)
+    check(name, error, rounding_budget(depth, torch.float32))
+with torch.no_grad():
+    last = fused.hidden(ids, last=3)
+    check("last", relative_error(last, plain.hidden(ids)[:, -3:]),
+          rounding_budget(depth, torch.float32))
+"""
+
+
+def test_the_model_with_fused_passes_equals_the_plain_one() -> None:
+    """Loss and every gradient through the compiler's whole graph equal the plain model's."""
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    result = subprocess.run(
+        [sys.executable, "-c", MODEL],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr[-3000:]
+
+
+# What is refused.
+
+
+@given(st.integers(1, 4096))
+def test_only_powers_of_two_are_taken(size: int) -> None:
+    """Sizes that Triton cannot block are named, with the way out."""
+    if size in [2**n for n in range(13)]:
+        check_power_of_two(width=size)
+    else:
+        with pytest.raises(ValueError, match=f"width {size} .*'reference'"):
+            check_power_of_two(width=size)
+
+
+def test_tensors_elsewhere_are_refused() -> None:
+    """A tensor on the CPU is named."""
+    with pytest.raises(ValueError, match="skip is on cpu"):
+        check_cuda_tensors(branch=None, skip=torch.zeros(1))
+
+
+@pytest.mark.parametrize(("name", "device"), [("triton", "cpu"), ("fast", "cuda")])
+def test_passes_that_cannot_run_are_refused(name: str, device: str) -> None:
+    """A backend that cannot run on the device is refused before any work."""
+    with pytest.raises(ValueError, match=name):
+        passes.require_passes(name, device)
+
+
+# On a GPU: bfloat16, the record's widths.
+
+
+def _bf16(seed: int, *shapes: tuple[int, ...]) -> list[Tensor]:
+    g = torch.Generator().manual_seed(seed)
+    return [torch.randn(s, generator=g).cuda().to(BF16) for s in shapes]
+
+
+def _gradients(function: Any, inputs: list[Tensor], dtypes: list[torch.dtype]) -> list[Tensor]:
+    """Outputs and input gradients of `function`, for output gradients drawn from a fixed seed."""
+    leaves = [t.detach().to(d).requires_grad_() for t, d in zip(inputs, dtypes, strict=True)]
+    outputs = [t for t in function(*leaves) if t is not None]
+    g = torch.Generator().manual_seed(7)
+    grads = [torch.randn(o.shape, generator=g).cuda().to(BF16).to(o.dtype) for o in outputs]
+    found = torch.autograd.grad(outputs, leaves, grads)
+    return [*(o.detach() for o in outputs), *found]
+
+
+def _within_budget(what: str, function: Any, inputs: list[Tensor], float32: set[int]) -> None:
+    """Fused against float32, allowed twice the error of plain bfloat16 and one rounding."""
+    dtypes = [torch.float32 if n in float32 else BF16 for n in range(len(inputs))]
+    fused = _gradients(lambda *a: function("triton", *a), inputs, dtypes)
+    plain = _gradients(lambda *a: function("reference", *a), inputs, dtypes)
+    exact = _gradients(lambda *a: function("reference", *a), inputs, [torch.float32] * len(inputs))
+    for n, (f, p, e) in enumerate(zip(fused, plain, exact, strict=True)):
+        check(f"{what} {n}", relative_error(f, e), kernel_budget(p, e, BF16))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("rows", [1, 777, 8192])
+@pytest.mark.parametrize("skip", [False, True])
+def test_mix_norm_on_the_gpu(rows: int, skip: bool) -> None:
+    """The entry of a block within budget, all outputs and gradients."""
+    stream = [(rows, 512)] * (4 if skip else 3)
+    inputs = [*_bf16(rows, *stream), *_bf16(1, (2, 512), (512,))]
+
+    def run(backend: str, x: Tensor, branch: Tensor, x0: Tensor, *rest: Tensor) -> Any:
+        *skips, mix, w = rest
+        return passes.mix_norm(
+            x, x0, mix + 0 * w.sum(), 0.5, branch=branch, skip=skips[0] if skips else None,
+            skip_weight_D=w if skips else None, keep_sum=True, backend=backend,
+        )  # fmt: skip
+
+    _within_budget("mix_norm", run, inputs, {len(inputs) - 1, len(inputs) - 2})
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("rows", [1, 777, 8192])
+def test_add_norm_on_the_gpu(rows: int) -> None:
+    """The pass between attention and MLP within budget."""
+    inputs = _bf16(rows, (rows, 512), (rows, 512))
+
+    def run(backend: str, x: Tensor, branch: Tensor) -> Any:
+        return passes.add_norm(x, branch, 0.5, backend=backend)
+
+    _within_budget("add_norm", run, inputs, set())
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("embed", [False, True])
+def test_head_passes_on_the_gpu(embed: bool) -> None:
+    """Norm, rotary, gain and XSA within budget."""
+    cos, sin = (t.cuda()[:65].contiguous() for t in _tables())
+    inputs = _bf16(3, (3, 65, 1024), (8,), (3, 65, 256))
+
+    def run(backend: str, qkv: Tensor, gain: Tensor, value_embed: Tensor) -> Any:
+        chosen = value_embed if embed else None
+        q, k, v = passes.split_heads(qkv, chosen, gain, 4, cos, sin, backend=backend)
+        return q + 0 * value_embed.sum(), k, v
+
+    _within_budget("split_heads", run, inputs, {1})
+    y_v = _bf16(4, (3, 65, 8, 64), (3, 65, 4, 64))
+    _within_budget(
+        "exclude_self", lambda b, y, v: (passes.exclude_self(y, v, backend=b),), y_v, set()
+    )
+
+
+def _tables() -> tuple[Tensor, Tensor]:
+    from trainer.layers import rotary_tables
+
+    return rotary_tables(ModelConfig())
+
+
+@pytest.mark.gpu
+def test_compiled_model_with_fused_passes_on_the_gpu() -> None:
+    """Loss and gradients of a compiled bfloat16 model stay within twice the plain model's error."""
+    config = ModelConfig(layers=5, seq_len=256, mlp_width=256, value_embed_layers=(1, 4))
+    weights = random_model(config).state_dict()
+    ids, targets = torch.randint(1024, (2, 4, 256), generator=torch.Generator().manual_seed(0))
+
+    def run(dtype: torch.dtype, backend: Any, compiled: bool) -> list[Tensor]:
+        model = GPT(config, compute_dtype=dtype, passes=backend).cuda()
+        model.load_state_dict(weights)
+        loss_of: Any = torch.compile(model.loss, fullgraph=True) if compiled else model.loss
+        loss = loss_of(ids.cuda(), targets.cuda())
+        loss.backward()
+        return [loss.detach(), *(p.grad for p in model.parameters() if p.grad is not None)]
+
+    exact = run(torch.float32, "reference", False)
+    plain, fused = run(BF16, "reference", False), run(BF16, "triton", True)
+    for n, (f, p, e) in enumerate(zip(fused, plain, exact, strict=True)):
+        check(f"tensor {n}", relative_error(f, e), kernel_budget(p, e, BF16))
+
+
+def test_reference_mix_norm_reads_as_its_formula() -> None:
+    """u = a (x + branch + w skip) + b x0, and n is u over its root mean square, damped."""
+    x, b, s, x0 = torch.randn(4, 3, 8, dtype=torch.float64)
+    w, mix = torch.randn(8, dtype=torch.float64), torch.randn(2, 8, dtype=torch.float64)
+    u, n, t = reference.mix_norm(x, b, s, w, x0, mix, 0.5)
+    budget = rounding_budget(16, torch.float64)
+    check("t", relative_error(t, x + b + w * s), budget)
+    check("u", relative_error(u, mix[0] * (x + b + w * s) + mix[1] * x0), budget)
+    root = (u.square().mean(-1, keepdim=True) + reference.EPS).sqrt()
+    check("n", relative_error(n, 0.5 * u / root), budget)
