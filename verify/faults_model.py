@@ -163,8 +163,8 @@ FAULTS = [
     Fault(
         "trainer/model.py",
         "final normalisation dropped",
-        "            stream.x, stream.branch, 1.0, keep_sum=False, backend=self.passes_backend\n        )[0]",
-        "            stream.x, stream.branch, 1.0, keep_sum=False, backend=self.passes_backend\n        )[0] * 2",
+        "keep_sum=False, backend=self.passes_backend\n        )[0]",
+        "keep_sum=False, backend=self.passes_backend\n        )[0] * 2",
         _MODEL,
     ),
     Fault(
