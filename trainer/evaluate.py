@@ -3,15 +3,19 @@
     python -m trainer.evaluate ARTIFACT [--data DIR | --text FILE] [--slot off context shared]
 
 Only the artifact is read, never the checkpoint it came from. No score is shown without its SLOT
-mode and what the causality probe found.
+mode, what the causality probe found, and the contest's other rules. How the artifact was made is
+known if it still lies in its run folder, with the digest recorded there.
 
 Letters: N tokens.
 """
 
+import hashlib
+import json
 import sys
+import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -19,10 +23,10 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
-from trainer import artifact, corpus, quantize
-from trainer.causality import probe
+from trainer import artifact, codesize, corpus, quantize
 from trainer.config import EvalConfig, SlotMode
 from trainer.errors import ConfigError, DataError, FairwayError
+from trainer.legality import findings, probe_modes
 from trainer.model import GPT
 from trainer.scoring import score
 from trainer.tokenizer import Tokenizer
@@ -101,26 +105,52 @@ def _main(arguments: Arguments) -> None:
         raise ConfigError("--device cuda: torch finds no CUDA GPU; use --device cpu")
     device = torch.device(arguments.device)
     cuda = device.type == "cuda"
+    started = time.perf_counter()
     model = load_artifact(arguments.artifact, device)
+    load_s = time.perf_counter() - started
     tokens_N, sizes = stream_of(arguments, model)
     config = EvalConfig(stride=arguments.stride, batch_windows=arguments.batch_windows)
     table = Table(title=str(arguments.artifact))
     for heading in ("SLOT", "causal (probed)", "nats/token", "bits/byte", "tokens", "seconds"):
         table.add_column(heading)
+    verdicts = probe_modes(model, tokens_N, config, arguments.slot)["modes"]
+    seconds: dict[SlotMode, float] = {}
     for mode in arguments.slot:
         result = score(
             model, tokens_N, sizes.to(device), config, mode, f"SLOT {mode}", compiled=cuda
         )
-        verdict = probe(model, tokens_N, config, mode)
+        seconds[mode] = load_s + result.score_seconds
+        verdict = verdicts[mode]
         table.add_row(
             mode,
-            "yes" if verdict.causal else f"NO: moved by {verdict.moved:.1e}",
+            "yes" if verdict["causal"] else f"NO: moved by {verdict['moved']:.1e}",
             f"{result.nats:.5f}",
             f"{result.bpb:.4f}",
             f"{result.tokens:,}",
             f"{result.score_seconds:.1f}",
         )
-    Console().print(table)
+    console = Console()
+    console.print(table)
+    console.print(_legality(arguments.artifact, verdicts, seconds))
+
+
+def _legality(
+    path: Path, verdicts: dict[SlotMode, dict[str, Any] | None], seconds: dict[SlotMode, float]
+) -> Table:
+    table = Table(title="Legality; times are the contest's on 8 x H100 alone")
+    for heading in ("rule", "found", "verdict"):
+        table.add_column(heading)
+    found = findings(verdicts, seconds, path.stat().st_size, codesize.code_bytes(), _made_by(path))
+    for finding in found:
+        table.add_row(finding.rule, finding.found, finding.verdict)
+    return table
+
+
+def _made_by(path: Path) -> dict[str, dict[str, Any]]:
+    """Stage results of the run that made this very artifact; empty if it is not beside them."""
+    stages = {p.stem: json.loads(p.read_text()) for p in path.parent.glob("stages/*.json")}
+    recorded = stages.get("artifact", {}).get("sha256")
+    return stages if recorded == hashlib.sha256(path.read_bytes()).hexdigest() else {}
 
 
 if __name__ == "__main__":

@@ -11,9 +11,10 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.figure import Figure
 
-from trainer import files
-from trainer.config import SIZE_LIMIT_BYTES, RunConfig
+from trainer import files, legality
+from trainer.config import MICRO_BATCHES, RECORD_STEPS, SIZE_LIMIT_BYTES, RunConfig
 from trainer.folder import RunFolder
+from trainer.record import RECORD
 
 PUBLISHED = {
     "steps": "6,819",
@@ -24,6 +25,14 @@ PUBLISHED = {
     "artifact": "14,522,866",
 }
 """Means of the three published seeds, 8xH100, FineWeb; SLOT is the `shared` form."""
+
+PUBLISHED_SECONDS = {
+    "train": "600 (8 GPUs)",
+    "calibrate": "197",
+    "sliding": "94 to 105 (8 GPUs)",
+    "slot_shared": "148 (8 GPUs)",
+}
+"""By stage; SLOT's includes the plain evaluation it is added to."""
 
 SCORE_ROWS = (
     ("post_ema", "averaged weights, full windows"),
@@ -56,12 +65,15 @@ def _markdown(
     environment: dict[str, Any],
 ) -> str:
     train, data, artifact = stages["train"], stages["data"], stages["artifact"]
+    legal = legality.markdown(legality.run_findings(stages))
     sections = [
         f"# {folder.path.name}",
-        _origin(environment, data, train),
+        _origin(environment, data, train) + _shortfall(train, config),
         "## Scores\n\n" + _score_table(stages),
+        f"## Legality\n\n{legal}\n\n{_legality_notes(stages)}",
         "## Size\n\n" + _size_table(artifact),
-        "## Training\n\n" + _training_table(train, data, config),
+        "## Training\n\n" + _training_table(train, config),
+        "## Settings counted in steps\n\n" + _scaled_table(train, config),
         "## Time\n\n" + _time_table(stages),
         "## Pictures\n\n"
         "![Training loss](plots/loss.png)\n\n"
@@ -86,19 +98,46 @@ def _origin(environment: dict[str, Any], data: dict[str, Any], train: dict[str, 
     )
 
 
+def _shortfall(train: dict[str, Any], config: RunConfig) -> str:
+    """Why fewer GPUs than the record's must score worse; empty with as many."""
+    if train["world_size"] >= MICRO_BATCHES:
+        return ""
+    tokens = train["steps"] * config.train.sequences_per_step * config.model.seq_len
+    record = RECORD_STEPS * RECORD.train.sequences_per_step * RECORD.model.seq_len
+    had = train["world_size"] if config.device == "cuda" else "none"
+    return (
+        f"\n\n**This run had {had} of the record's {MICRO_BATCHES} GPUs and did a fraction of the "
+        f"record's work: {tokens:,} training tokens, {100 * tokens / record:.2g} % of the "
+        f"record's {record:,}. Its scores say nothing about what the same code reaches on 8 "
+        "GPUs.**"
+    )
+
+
+def _legality_notes(stages: dict[str, dict[str, Any]]) -> str:
+    between = sum(stages[name]["seconds"] for name in legality.CLOSED_STAGES[1:])
+    return (
+        "The contest's limits are for 8 x H100. Making the artifact after training (calibration "
+        f"to compression) took {between:.1f} s, which the published record counts in neither "
+        "limit. The probe runs the plain programs of the quantized model, in batches of "
+        f"{legality.PROBE_WINDOWS} windows at most."
+    )
+
+
 def _score_table(stages: dict[str, dict[str, Any]]) -> str:
     lines = [
-        "| score | causal | nats/token | bits per byte | tokens | published BPB |",
+        "| score | causal (probed) | nats/token | bits per byte | tokens | published BPB |",
         "| --- | --- | --- | --- | --- | --- |",
     ]
     published = {"post_ema": "post_ema", "sliding": "sliding", "slot_shared": "shared"}
+    probed = stages["causality"]["modes"]
     for name, meaning in SCORE_ROWS:
         if name not in stages:
             continue
         score = stages[name]
         known = PUBLISHED[published[name]] if name in published else ""
         lines.append(
-            f"| {meaning} | {'yes' if score['causal'] else '**no**'} | {score['nats']:.5f} "
+            f"| {meaning} | {'yes' if probed[score['mode']]['causal'] else '**no**'} "
+            f"| {score['nats']:.5f} "
             f"| {score['bpb']:.4f} | {score['tokens']:,} | {known} |"
         )
     loss = stages["round_trip"]["nats"] - stages["post_ema"]["nats"]
@@ -132,7 +171,7 @@ def _size_table(artifact: dict[str, Any]) -> str:
     )
 
 
-def _training_table(train: dict[str, Any], data: dict[str, Any], config: RunConfig) -> str:
+def _training_table(train: dict[str, Any], config: RunConfig) -> str:
     memory = train["peak_memory_bytes"]
     rows = [
         ("parameters", f"{train['parameters']:,}", "29,951,068"),
@@ -140,12 +179,8 @@ def _training_table(train: dict[str, Any], data: dict[str, Any], config: RunConf
         ("ms/step", f"{train['ms_per_step']:.1f}", PUBLISHED["ms_per_step"]),
         ("tokens per step", f"{config.train.sequences_per_step * config.model.seq_len:,}", ""),
         ("last training loss, nats", f"{train['final_train_nats']:.4f}", ""),
-        (
-            "step-counted settings scaled by",
-            f"{train['step_scale']:.4f} ({train['expected_steps']:,} expected steps of 6,819)",
-            "1",
-        ),
         ("waiting for data", f"{100 * train['data_stall_share']:.2f} % of the time", ""),
+        *_gpu_rows(train),
         ("peak GPU memory", f"{memory / 1e9:.2f} GB" if memory else "no GPU", ""),
         ("weights used", config.train.average, "ema"),
         ("late QAT", config.train.late_qat, "linears"),
@@ -154,11 +189,46 @@ def _training_table(train: dict[str, Any], data: dict[str, Any], config: RunConf
     return "\n".join(head + [f"| {a} | {b} | {c} |" for a, b, c in rows])
 
 
+def _gpu_rows(train: dict[str, Any]) -> list[tuple[str, str, str]]:
+    share = train.get("gpu_busy_share")
+    return [] if share is None else [("GPU busy", f"{100 * share:.1f} % of the time", "")]
+
+
+def _scaled_table(train: dict[str, Any], config: RunConfig) -> str:
+    """Each such setting: the record's own number, the one set, and what it came to here."""
+    scale = train["step_scale"]
+    rows = [
+        ("warmdown", RECORD.train.warmdown_steps, config.train.warmdown_steps),
+        (
+            "Muon momentum warm-up",
+            RECORD.optim.muon_momentum_steps,
+            config.optim.muon_momentum_steps,
+        ),
+        ("widening of the shard mix", RECORD.data.mix_steps, config.data.mix_steps),
+    ]
+    lines = [
+        f"Counts refer to the record's {RECORD_STEPS:,} steps. {train['expected_steps']:,} were "
+        f"expected here, so each is multiplied by {scale:.4f}.",
+        "",
+        "| steps of | the record | setting | in this run |",
+        "| --- | --- | --- | --- |",
+    ]
+    lines += [f"| {name} | {own:,} | {put:,} | {put * scale:,.1f} |" for name, own, put in rows]
+    every = max(1, round(config.train.swa_every * scale))
+    own, put = RECORD.train.swa_every, config.train.swa_every
+    lines.append(f"| SWA: between snapshots | {own} | {put} | {every} |")
+    return "\n".join(lines)
+
+
 def _time_table(stages: dict[str, dict[str, Any]]) -> str:
-    ordered = sorted(stages.items(), key=lambda item: STAGE_ORDER.index(item[0]))
-    lines = ["| stage | seconds |", "| --- | --- |"]
-    lines += [f"| {name} | {result['seconds']:.1f} |" for name, result in ordered]
-    lines.append(f"| all | {sum(result['seconds'] for result in stages.values()):.1f} |")
+    listed = [name for name in STAGE_ORDER if name in stages]
+    listed += [name for name in stages if name not in STAGE_ORDER]
+    lines = ["| stage | seconds | published |", "| --- | --- | --- |"]
+    lines += [
+        f"| {name} | {stages[name]['seconds']:.1f} | {PUBLISHED_SECONDS.get(name, '')} |"
+        for name in listed
+    ]
+    lines.append(f"| all | {sum(result['seconds'] for result in stages.values()):.1f} | |")
     return "\n".join(lines)
 
 
@@ -174,6 +244,7 @@ STAGE_ORDER = (
     "sliding",
     "slot_context",
     "slot_shared",
+    "causality",
 )
 
 

@@ -1,15 +1,18 @@
 """The record as a list of stages. A finished stage is read back, not redone."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 
 from kernels.mlp import require_backend
+from kernels.passes import require_passes
 from trainer import artifact, calibrate, checkpoint, corpus, quantize
 from trainer.compress import quantize_run, write_artifact
 from trainer.config import RunConfig, SlotMode
 from trainer.errors import ConfigError
 from trainer.folder import RunFolder
+from trainer.legality import ValidationGate, probe_modes
 from trainer.model import GPT
 from trainer.progress import is_main_process, log
 from trainer.ranks import Ranks
@@ -42,6 +45,10 @@ def preflight(config: RunConfig) -> None:
         require_backend(config.mlp, config.device)
     except (RuntimeError, ValueError) as error:
         raise ConfigError(f"--mlp {config.mlp} cannot run here: {error}") from error
+    try:
+        require_passes(config.passes, config.device)
+    except ValueError as error:
+        raise ConfigError(f"--passes {config.passes} cannot run here: {error}") from error
 
 
 def new_model(config: RunConfig, device: torch.device) -> GPT:
@@ -52,6 +59,7 @@ def new_model(config: RunConfig, device: torch.device) -> GPT:
         compute_dtype=DTYPES[config.compute_dtype],
         mlp=config.mlp,
         attention=config.attention,
+        passes=config.passes,
     )
     return model.to(device)
 
@@ -63,7 +71,9 @@ def run(config: RunConfig, folder: RunFolder, ranks: Ranks) -> None:
         FairwayError: anything a user can mend.
         trainer.train.Interrupted: a signal stopped training after a checkpoint.
     """
-    _Run(config, folder, ranks).stages()
+    this = _Run(config, folder, ranks)
+    with this.held_out.watched():
+        this.stages()
 
 
 class _Run:
@@ -72,13 +82,13 @@ class _Run:
     def __init__(self, config: RunConfig, folder: RunFolder, ranks: Ranks) -> None:
         self.config, self.folder, self.ranks = config, folder, ranks
         self.data = corpus.open_data(config.data.dir, config.model.vocab_size)
-        self.val_N = self.data.val(config.model.seq_len, config.eval.max_tokens)
+        self.held_out = ValidationGate(self.data, config.model.seq_len, config.eval.max_tokens)
         sizes = token_bytes(self.data.tokenizer, config.model.vocab_size)
         self.sizes = sizes.to(ranks.device)
         self.model = new_model(config, ranks.device)
 
     def stages(self) -> None:
-        stage = self.folder.stage
+        stage = self._stage
         stage("data", self.data.describe)
         if self.folder.finished("train"):
             self._load_averaged()
@@ -95,9 +105,13 @@ class _Run:
         stage("sliding", lambda: self._sliding_score("off"))
         for mode in self.config.eval.slot_modes:
             stage(f"slot_{mode}", lambda mode=mode: self._sliding_score(mode))
+        stage("causality", self._causality)
         if is_main_process():
             write_report(self.folder, self.config)
             log(f"\n{self.folder.report.read_text()}\nReport: {self.folder.report}")
+
+    def _stage(self, name: str, work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        return self.folder.stage(name, lambda: self.held_out.during(name, work))
 
     def _train(self) -> dict[str, Any]:
         summary = train(self.config, self.model, self.data, self.ranks, self.folder)
@@ -113,13 +127,21 @@ class _Run:
     def _full_window_score(self) -> dict[str, Any]:
         """Whole windows side by side: cheap, and the same before and after quantization."""
         whole = full_windows(self.config.eval, self.config.model.seq_len)
-        return score(self.model, self.val_N, self.sizes, whole).summary()
+        return score(self.model, self.held_out.tokens(), self.sizes, whole).summary()
 
     def _sliding_score(self, mode: SlotMode) -> dict[str, Any]:
+        tokens_N = self.held_out.tokens()
         scored = score(
-            self.model, self.val_N, self.sizes, self.config.eval, mode, compiled=self.config.compile
+            self.model, tokens_N, self.sizes, self.config.eval, mode, compiled=self.config.compile
         )
         return scored.summary()
+
+    def _causality(self) -> dict[str, Any]:
+        """Probe every mode that was scored; rank 0 alone, for it takes seconds."""
+        if not is_main_process():
+            return {}
+        modes: tuple[SlotMode, ...] = ("off", *self.config.eval.slot_modes)
+        return probe_modes(self.model, self.held_out.tokens(), self.config.eval, modes)
 
     # Quantization needs no peers: rank 0 does it, the others wait for the artifact.
 

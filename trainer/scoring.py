@@ -149,15 +149,19 @@ def scored_batches(
     config: EvalConfig,
     slot: SlotMode,
     programs: Programs | None = None,
+    shared_out: bool = True,
 ) -> Iterator[ScoredBatch]:
-    """Logits of every scored position, batch by batch; this rank's batches only."""
+    """Logits of every scored position, batch by batch.
+
+    `shared_out`: this rank's batches only; else all of them, on this rank alone.
+    """
     device = model.qo_bank.device
     plain = Programs.of(model, compiled=False)
     stream_N = torch.from_numpy(tokens_N.astype(np.int64)).to(device)
     first_W, new_W = torch.tensor([(w.first, w.new) for w in windows]).to(device).unbind(1)
     steps_T = torch.arange(windows[0].length, device=device)
     begins = range(0, len(windows), config.batch_windows)
-    for begin in begins[_rank() :: _world_size()]:
+    for begin in begins[_rank() :: _world_size()] if shared_out else begins:
         at = slice(begin, begin + config.batch_windows)
         batch = windows[at]
         # Batches of another shape are few: the first, whose first window scores all, and the last.
