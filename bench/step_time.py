@@ -1,0 +1,190 @@
+"""The record's training step on one GPU, path by path: time, memory, seconds to the first step.
+
+    python -m bench.step_time --out step_time.json
+
+Every path is the same training; they differ in implementations chosen by name. A path is a child
+process of its own first, which tells how long a start takes (compilers' caches empty, then full);
+then all paths are timed in turn in one process, with real random tokens.
+"""
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import tyro
+from rich.console import Console
+from rich.table import Table
+
+from bench.scale import Scale, current
+from bench.stopwatch import time_interleaved
+from trainer import environment, files
+from trainer.average import Averages
+from trainer.config import AttentionBackend, MlpBackend, PassesBackend
+from trainer.optim import Optimizer
+
+SETS = 2
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Implementations of one path, by name."""
+
+    mlp: MlpBackend
+    passes: PassesBackend
+    attention: AttentionBackend = "cudnn"
+
+
+PATHS = {
+    "plain": Choice("reference", "reference"),
+    "fused MLP": Choice("cutlass", "reference"),
+    "fused MLP and passes": Choice("cutlass", "triton"),
+}
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """Options of `python -m bench.step_time`."""
+
+    out: Path
+    """JSON file for the results."""
+    paths: tuple[str, ...] = tuple(PATHS)
+    """Paths to time."""
+    rounds: int = 50
+    """Measured steps of each."""
+    starts: bool = True
+    """Measure the time to the first step too, in two processes a path."""
+
+
+def scale_of(path: Choice) -> Scale:
+    """The record's shapes (a CPU's smoke preset) with a path's implementations."""
+    base = current()
+    if not base.cuda:
+        return base
+    chosen = replace(base.config, mlp=path.mlp, passes=path.passes, attention=path.attention)
+    return Scale(chosen, base.device)
+
+
+def subjects(path: Choice) -> dict[str, Callable[[int], object]]:
+    """Forward and backward of a micro-step; and a whole step with optimizer and EMA."""
+    scale = scale_of(path)
+    model = scale.model(scale.config.mlp)
+    loss_of: Any = torch.compile(model.loss, fullgraph=True) if scale.cuda else model.loss
+    optimizer = Optimizer(model, scale.config.optim, scale.dtype)
+    averages = Averages(model, scale.config.train)
+    batches = [(scale.ids(scale.windows), scale.ids(scale.windows)) for _ in range(SETS)]
+
+    def forward_backward(number: int) -> None:
+        optimizer.zero_grad()
+        loss_of(*batches[number % SETS]).backward()
+
+    def whole(number: int) -> None:
+        forward_backward(number)
+        optimizer.step(0.0, 0.95)
+        averages.update_ema()
+
+    return {"forward+backward": forward_backward, "with optimizer and EMA": whole}
+
+
+def first_step(path: Choice) -> dict[str, float]:
+    """Seconds from here to the end of the first step, and peak memory of three steps."""
+    started = time.perf_counter()
+    step = subjects(path)["with optimizer and EMA"]
+    step(0)
+    _synchronize()
+    seconds = time.perf_counter() - started
+    for number in range(2):
+        step(number)
+    _synchronize()
+    peak = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
+    return {"seconds": seconds, "peak_bytes": float(peak)}
+
+
+def start(name: str, cache: Path) -> dict[str, float]:
+    """`first_step` in a process of its own whose compilers cache under `cache`."""
+    settings = {
+        "TORCHINDUCTOR_CACHE_DIR": str(cache / "inductor"),
+        "TRITON_CACHE_DIR": str(cache / "triton"),
+    }
+    command = [sys.executable, "-m", "bench.step_time", "--child", name]
+    result = subprocess.run(
+        command, env={**os.environ, **settings}, capture_output=True, text=True, check=False
+    )
+    if result.returncode != 0:
+        raise RuntimeError(f"the start of path {name!r} failed:\n{result.stderr[-2000:]}")
+    return json.loads(result.stdout.splitlines()[-1])
+
+
+def _synchronize() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def measure(arguments: Arguments) -> dict[str, Any]:
+    """All figures, JSON-able."""
+    results: dict[str, Any] = {name: {} for name in arguments.paths}
+    if arguments.starts:
+        for name in arguments.paths:
+            with tempfile.TemporaryDirectory(prefix="fairway-start-") as folder:
+                results[name]["start, caches empty"] = start(name, Path(folder))
+                results[name]["start, caches full"] = start(name, Path(folder))
+    made = {name: subjects(PATHS[name]) for name in arguments.paths}
+    for kind in ("forward+backward", "with optimizer and EMA"):
+        times = time_interleaved(
+            {name: parts[kind] for name, parts in made.items()},
+            rounds=arguments.rounds,
+            warm_up_rounds=5,
+            device=current().device.type,
+        )
+        for name, timing in times.items():
+            results[name][kind] = timing.as_json()
+    return results
+
+
+def show(results: dict[str, Any]) -> None:
+    """The results as a table."""
+    table = Table(title="one micro-step of the record, ms")
+    headings = ("path", "forward+backward", "p10-p90", "with optimizer", "peak GB", "first start s",
+                "second start s")  # fmt: skip
+    for heading in headings:
+        table.add_column(heading)
+    for name, row in results.items():
+        step, whole = row["forward+backward"], row["with optimizer and EMA"]
+        cold, warm = row.get("start, caches empty"), row.get("start, caches full")
+        table.add_row(
+            name,
+            f"{step['median_ms']:.2f}",
+            f"{step['p10_ms']:.2f}-{step['p90_ms']:.2f}",
+            f"{whole['median_ms']:.2f}",
+            f"{cold['peak_bytes'] / 1e9:.1f}" if cold else "",
+            f"{cold['seconds']:.0f}" if cold else "",
+            f"{warm['seconds']:.0f}" if warm else "",
+        )
+    Console(width=140).print(table)
+
+
+def main() -> int:
+    """Measure and print; or, for the child process, print one start's figures."""
+    if sys.argv[1:2] == ["--child"]:
+        print(json.dumps(first_step(PATHS[sys.argv[2]])))
+        return 0
+    arguments = tyro.cli(Arguments, description=__doc__)
+    unknown = sorted(set(arguments.paths) - PATHS.keys())
+    if unknown:
+        print(f"error: no path {', '.join(unknown)}; choose of {', '.join(PATHS)}", file=sys.stderr)
+        return 2
+    results = measure(arguments)
+    files.write_json(arguments.out, {"environment": environment.describe(), "paths": results})
+    show(results)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
