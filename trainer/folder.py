@@ -5,6 +5,7 @@ environment.json       versions, device, commit, command
 metrics.jsonl          one JSON object a line: training losses and stage results
 checkpoint.safetensors newest training state; gone once training is done
 model.safetensors      averaged weights after training
+averages.safetensors   EMA and SWA apart, where both were kept
 stages/NAME.json       result and duration of a finished stage
 artifact.fwy           the compressed, quantized model
 report.md, plots/      what people read
@@ -33,6 +34,7 @@ class RunFolder:
         self.metrics = path / "metrics.jsonl"
         self.checkpoint = path / "checkpoint.safetensors"
         self.model = path / "model.safetensors"
+        self.averages = path / "averages.safetensors"
         self.calibration = path / "calibration.safetensors"
         self.hessians = path / "hessians.safetensors"
         self.quantized = path / "quantized.fwy"

@@ -185,6 +185,8 @@ class _Training:
         at.elapsed_s = self.ranks.from_main(time.perf_counter() - started)
         final_loss = self._mean(loss, "loss")
         self._mean(norm, "gradient norm")
+        if train.average == "both" and is_main_process():
+            checkpoint.save_tensors(self.folder.averages, self.averages.state_dict(), {})
         self.averages.apply()
         self.model.late_qat = "off"
         self.writer.wait()
