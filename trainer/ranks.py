@@ -83,6 +83,7 @@ class _PeerWatch:
         self._lost = threading.Event()
         self._peer_failed = False
         self._goodbye = threading.Event()
+        self._wake = threading.Event()
         self._done = threading.Event()
         self._failed = False
         group = dist.new_group(backend="gloo", timeout=HOST_TIMEOUT)
@@ -93,37 +94,45 @@ class _PeerWatch:
 
     def finish(self) -> None:
         """Return once every rank has come here. Raises RunError if a peer did not."""
-        self._goodbye.set()
+        self._say_goodbye()
         self._thread.join()
         if self._lost.is_set() or self._peer_failed:
-            raise RunError(self.message())
+            raise RunError(f"rank {self.rank} cannot end in order without its peer")
 
     def has_lost(self) -> bool:
-        """Whether a peer is gone; gives the heartbeat time to notice."""
-        return self._lost.wait(2 * BEAT_S)
+        """Whether a peer is gone; asks for a heartbeat at once. For the main thread."""
+        # torchrun sends SIGTERM to the survivors, which must not cut the message short.
+        previous = signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        self._wake.set()
+        lost = self._lost.wait(2 * BEAT_S)
+        if not lost:
+            signal.signal(signal.SIGTERM, previous)
+        return lost
 
     def leave_in_error(self) -> None:
         """Tell the peers, as long as they listen, that this rank stops on an error of its own."""
         self._failed = True
-        self._goodbye.set()
+        self._say_goodbye()
         self._thread.join(3 * BEAT_S)
 
-    def message(self) -> str:
-        """What to tell when a peer is gone."""
-        return (
-            f"rank {self.rank} lost a peer: another rank's process has ended. Its own output or "
-            "torchrun's tells why. The run continues from its last checkpoint with --resume, at "
-            "any world size that divides 8."
-        )
+    def _say_goodbye(self) -> None:
+        self._goodbye.set()
+        self._wake.set()
 
     def _run(self) -> None:
         try:
             while not self._done.is_set():
                 self._beat()
-                self._goodbye.wait(BEAT_S)
+                self._wake.wait(BEAT_S)
+                self._wake.clear()
         except RuntimeError:  # gloo's: a connection to a peer has closed
             self._lost.set()
-            self._end_soon(LOST_GRACE_S, self.message())
+            self._end_soon(
+                LOST_GRACE_S,
+                f"rank {self.rank} lost a peer: another rank's process has ended. Its own output "
+                "or torchrun's tells why. The run continues from its last checkpoint with "
+                "--resume, at any world size that divides 8.",
+            )
 
     def _beat(self) -> None:
         """Exchange (ranks at their end, ranks that stop on an error)."""
@@ -138,7 +147,9 @@ class _PeerWatch:
             self._done.set()
 
     def _end_soon(self, grace_s: int, message: str) -> None:
-        print(f"error: {message} (ending within {grace_s} s)", file=sys.stderr, flush=True)
+        # One write: several ranks and threads share the terminal.
+        sys.stderr.write(f"error: {message} (ending within {grace_s} s)\n")
+        sys.stderr.flush()
         signal.alarm(grace_s)
 
 
@@ -185,7 +196,7 @@ def setup(device: str) -> Iterator[Ranks]:
     except RuntimeError as error:
         # gloo and NCCL report a lost peer as any RuntimeError; the watch knows for sure.
         if watch.has_lost():
-            raise RunError(f"{watch.message()} ({error})") from error
+            raise RunError(f"rank {watch.rank} stops with its peer: {error}") from error
         watch.leave_in_error()
         raise
     except BaseException:
