@@ -1,22 +1,26 @@
-"""Bytes of code that count towards the contest's limit: the sources of `trainer` and `kernels`."""
+"""Bytes of code that count towards the contest's limit: those of the script to be submitted.
 
-from pathlib import Path
+Inside that script `trainer/submission/own_size.py` takes this module's place.
+"""
 
-ROOT = Path(__file__).resolve().parents[1]
-PACKAGES = ("trainer", "kernels")
-SUFFIXES = (".py", ".cu", ".cuh", ".in")
+import contextlib
 
+from trainer import files
+from trainer.errors import RunError
+from trainer.submission import pack
 
-def code_files() -> dict[str, int]:
-    """Size in bytes of every counted source file, by path relative to the project."""
-    return {
-        str(path.relative_to(ROOT)): path.stat().st_size
-        for package in PACKAGES
-        for path in sorted((ROOT / package).rglob("*"))
-        if path.suffix in SUFFIXES
-    }
+CACHE = pack.ROOT / ".cache" / "code-bytes"
 
 
 def code_bytes() -> int:
-    """Sum of the sizes of all counted source files."""
-    return sum(code_files().values())
+    """Size in bytes of the script packed from the present sources.
+
+    Packing takes seconds; sizes are kept by the hash of what decides them.
+    """
+    record = CACHE / pack.source_digest()
+    if record.is_file():
+        return int(record.read_text())
+    size = len(pack.packed_script())
+    with contextlib.suppress(RunError):  # only speed is lost where nothing can be kept
+        files.write_text(record, str(size))
+    return size

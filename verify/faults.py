@@ -1,6 +1,6 @@
 """Every fault the checks must notice, by area."""
 
-from verify import faults_eval, faults_model, faults_optim, faults_quant
+from verify import faults_eval, faults_model, faults_optim, faults_quant, faults_submission
 from verify.fault import Fault
 
 FAULTS: list[Fault] = [
@@ -8,4 +8,5 @@ FAULTS: list[Fault] = [
     *faults_optim.FAULTS,
     *faults_quant.FAULTS,
     *faults_eval.FAULTS,
+    *faults_submission.FAULTS,
 ]

@@ -169,13 +169,6 @@ FAULTS = [
         _ARTIFACT,
     ),
     Fault(
-        "trainer/codesize.py",
-        "CUDA sources not counted",
-        'PACKAGES = ("trainer", "kernels")',
-        'PACKAGES = ("trainer",)',
-        _ARTIFACT,
-    ),
-    Fault(
         "trainer/allocate.py",
         "knapsack spends a matrix's bytes only when read back",
         "tried[i, units:] = left + damage[name][bits]",

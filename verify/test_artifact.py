@@ -13,7 +13,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from trainer import artifact, codesize
+from trainer import artifact
 from trainer.config import ModelConfig
 from trainer.errors import ArtifactError
 from trainer.quantize import QuantizedMatrix, QuantizedModel
@@ -256,16 +256,3 @@ def test_pruned_codes_make_it_smaller() -> None:
     packed = packed_model()
     empty = {n: replace(m, codes_RC=m.codes_RC * 0) for n, m in packed.matrices.items()}
     assert len(artifact.pack(replace(packed, matrices=empty))) < len(DATA)
-
-
-def test_code_bytes_are_counted_to_the_byte() -> None:
-    """Code bytes are the exact sizes of every source file of trainer and kernels."""
-    root = Path(__file__).resolve().parents[1]
-    expected = 0
-    for folder in ("trainer", "kernels"):
-        for path in (root / folder).rglob("*"):
-            if path.suffix in (".py", ".cu", ".cuh", ".in") and path.is_file():
-                expected += len(path.read_bytes())
-    assert codesize.code_bytes() == expected
-    assert "trainer/model.py" in codesize.code_files()
-    assert "kernels/cuda/gemm.cuh" in codesize.code_files()

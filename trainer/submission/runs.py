@@ -1,0 +1,106 @@
+"""Finished runs that together make a submission: the same settings, another seed each."""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from functools import cached_property
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+from trainer.config import RunConfig, SlotMode
+from trainer.errors import ConfigError, RunError
+from trainer.folder import RunFolder
+from trainer.legality import MODE_STAGES
+from trainer.submission.arguments import differences, shared_settings
+
+NEEDED_STAGES = ("data", "train", "post_ema", "artifact", "round_trip", "sliding", "causality")
+
+
+@dataclass(frozen=True)
+class FinishedRun:
+    """A run whose every stage has a result and whose artifact is the one it scored."""
+
+    folder: RunFolder
+    config: RunConfig
+    stages: dict[str, dict[str, Any]]
+    """Result of each stage."""
+    environment: dict[str, Any]
+
+    @cached_property
+    def metrics(self) -> list[dict[str, Any]]:
+        """Logged training steps."""
+        return [row for row in self.folder.read_metrics() if "train_nats" in row]
+
+    @property
+    def seed(self) -> int:
+        """Seed of the run."""
+        return self.config.seed
+
+    @property
+    def artifact_bytes(self) -> int:
+        """Size of the artifact."""
+        return self.stages["artifact"]["artifact_bytes"]
+
+    @property
+    def finished(self) -> datetime:
+        """When its last stage ended, UTC, to the second."""
+        ends = [path.stat().st_mtime for path in (self.folder.path / "stages").glob("*.json")]
+        return datetime.fromtimestamp(max(ends), UTC).replace(microsecond=0)
+
+    @property
+    def modes(self) -> list[SlotMode]:
+        """SLOT modes it was scored in."""
+        return [mode for mode, stage in MODE_STAGES.items() if stage in self.stages]
+
+    def score(self, mode: SlotMode) -> dict[str, Any]:
+        """Result of scoring in `mode`: nats, bpb, tokens, seconds."""
+        return self.stages[MODE_STAGES[mode]]
+
+    def causal(self, mode: SlotMode) -> bool:
+        """What the probe found of `mode`."""
+        return self.stages["causality"]["modes"][mode]["causal"]
+
+
+def load_runs(paths: Sequence[Path]) -> list[FinishedRun]:
+    """The runs in `paths`, by seed.
+
+    Raises:
+        RunError: one is no run folder, not finished, or has lost its artifact.
+        ConfigError: two have one seed, or settings that differ in more than the seed.
+    """
+    runs = sorted((_load(path) for path in paths), key=lambda run: run.seed)
+    first = runs[0]
+    for before, run in pairwise(runs):
+        if run.seed == before.seed:
+            raise ConfigError(
+                f"{before.folder.path} and {run.folder.path} both have seed {run.seed}; "
+                "give one run of each seed"
+            )
+        different = differences(shared_settings(first.config), shared_settings(run.config))
+        if different:
+            raise ConfigError(
+                f"{first.folder.path} and {run.folder.path} differ in {', '.join(different)}; "
+                "the runs of a submission share every setting but the seed"
+            )
+    return runs
+
+
+def _load(path: Path) -> FinishedRun:
+    folder, config = RunFolder.open(path)
+    stages = {p.stem: json.loads(p.read_text()) for p in sorted((path / "stages").glob("*.json"))}
+    needed = [*NEEDED_STAGES, *(MODE_STAGES[mode] for mode in config.eval.slot_modes)]
+    missing = [name for name in needed if name not in stages]
+    if missing:
+        raise RunError(
+            f"{path} is not finished: {', '.join(missing)} left to do. "
+            f"Finish it with `python -m trainer --resume {path}`"
+        )
+    if not folder.artifact.is_file():
+        raise RunError(f"{path} has no {folder.artifact.name} any more; bring it back")
+    if hashlib.sha256(folder.artifact.read_bytes()).hexdigest() != stages["artifact"]["sha256"]:
+        raise RunError(f"{folder.artifact} is not the artifact this run scored; bring that back")
+    environment = json.loads((path / "environment.json").read_text())
+    return FinishedRun(folder, config, stages, environment)

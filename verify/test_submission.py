@@ -1,0 +1,349 @@
+"""Claims about the submission folder: its one script is the whole record, small and exact.
+
+Real processes run the packed script in an empty folder.
+"""
+
+import dataclasses
+import json
+import os
+import runpy
+import shutil
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from kernels import build
+from trainer import codesize, corpus
+from trainer.__main__ import parse
+from trainer.config import SIZE_LIMIT_BYTES, ModelConfig
+from trainer.errors import ArtifactError, ConfigError, RunError
+from trainer.record import RECORD
+from trainer.submission import __main__ as command
+from trainer.submission import contents, pack
+from trainer.submission.arguments import arguments_for, shared_settings
+from trainer.submission.contents import Submission
+from trainer.submission.readme import readme
+from trainer.submission.runs import load_runs
+
+ROOT = Path(__file__).resolve().parents[1]
+TARGET_BYTES = 60_000
+SETTINGS = [
+    "smoke",
+    "--model.seq-len=32",
+    "--model.width=32",
+    "--model.layers=3",
+    "--model.query-heads=2",
+    "--model.kv-heads=1",
+    "--model.mlp-width=48",
+    "--model.bigram-dim=8",
+    "--model.value-embed-layers=2",
+    "--model.value-embed-dim=8",
+    "--train.sequences-per-step=8",
+    "--train.max-steps=8",
+    "--train.log-every=1",
+    "--quant.calibration-sequences=2",
+    "--quant.int6-matrices=2",
+    "--eval.max-tokens=100",
+    "--eval.stride=16",
+]
+
+
+@pytest.fixture(scope="module")
+def script() -> bytes:
+    return pack.packed_script()
+
+
+@pytest.fixture(scope="module")
+def folder(script: bytes, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An empty folder with the packed script in it, and the runs of both forms of the code."""
+    folder = tmp_path_factory.mktemp("submitted")
+    (folder / "train_gpt.py").write_bytes(script)
+    data = corpus.embedded_corpus().dir
+    cleared = ("PYTHONPATH", "PYTHONDONTWRITEBYTECODE", "FAIRWAY_COMMIT")
+    environment = {k: v for k, v in os.environ.items() if k not in cleared}
+    common = [*SETTINGS, f"--data.dir={data}", f"--out={folder / 'runs'}"]
+    programs = {
+        "packed": ([sys.executable, "train_gpt.py"], folder),
+        "plain": ([sys.executable, "-m", "trainer"], ROOT),
+    }
+    started = [
+        subprocess.Popen(
+            [*program, *common, f"--name={name}"],
+            cwd=where,
+            env={**environment, "OMP_NUM_THREADS": "1"},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for name, (program, where) in programs.items()
+    ]
+    for process in started:
+        output, _ = process.communicate(timeout=120)
+        assert process.returncode == 0, output
+    return folder
+
+
+@pytest.fixture(scope="module")
+def submission(script: bytes, folder: Path) -> Submission:
+    return Submission(load_runs([folder / "runs" / "plain"]), "context", script, "A", "a", "Name")
+
+
+def _unpacked(folder: Path) -> Path:
+    (unpacked,) = folder.glob(".fairway-*")
+    return unpacked
+
+
+def _started(path: Path) -> dict[str, Any]:
+    """Names of a packed script that is loaded and not run."""
+    return runpy.run_path(str(path), run_name="loaded")
+
+
+def test_packed_run_equals_the_unpacked_run(folder: Path) -> None:
+    """The packed script, alone in a folder, repeats the losses, the artifact and the scores."""
+    runs = {name: folder / "runs" / name for name in ("packed", "plain")}
+    losses = {}
+    for name, run in runs.items():
+        rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+        losses[name] = [(row["step"], row["train_nats"], row["grad_norm"]) for row in rows]
+    assert len(losses["plain"]) == 8
+    assert losses["packed"] == losses["plain"]
+    assert (runs["packed"] / "artifact.fwy").read_bytes() == (
+        runs["plain"] / "artifact.fwy"
+    ).read_bytes()
+    for stage in ("round_trip", "sliding", "slot_context", "slot_shared"):
+        packed, plain = (
+            json.loads((run / "stages" / f"{stage}.json").read_text()) for run in runs.values()
+        )
+        assert packed["nats"] == plain["nats"], stage
+    # It was the unpacked copy that ran, not this checkout.
+    assert list((_unpacked(folder) / "trainer" / "__pycache__").glob("model.*.pyc"))
+    environment = json.loads((runs["packed"] / "environment.json").read_text())
+    assert environment["commit"].startswith("packed-")
+
+
+def test_both_runs_count_the_script_as_their_code(script: bytes, folder: Path) -> None:
+    """Code bytes are the size of the script, seen from inside it and from the sources."""
+    for name in ("packed", "plain"):
+        stage = json.loads((folder / "runs" / name / "stages" / "artifact.json").read_text())
+        assert stage["code_bytes"] == len(script)
+
+
+def test_script_meets_its_target(script: bytes) -> None:
+    """The whole script is at most 60,000 bytes."""
+    assert len(script) <= TARGET_BYTES
+
+
+def test_packing_repeats_and_its_size_is_kept(
+    script: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Packed again the script has the same size; asked again, the size is read, not packed."""
+    monkeypatch.setattr(codesize, "CACHE", tmp_path)
+    again: list[bytes] = []
+
+    def counted() -> bytes:
+        again.append(packed_script())
+        return again[-1]
+
+    packed_script = pack.packed_script
+    monkeypatch.setattr(pack, "packed_script", counted)
+    assert codesize.code_bytes() == codesize.code_bytes() == len(script)
+    assert again == [script]
+
+
+def test_changed_sources_are_counted_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The hash by which sizes are kept changes with any source, Python or CUDA."""
+    for package in pack.PACKAGES:
+        shutil.copytree(ROOT / package, tmp_path / package)
+    monkeypatch.setattr(pack, "ROOT", tmp_path)
+    digests = {pack.source_digest()}
+    for number, name in enumerate(("trainer/model.py", "kernels/cuda/gemm.cuh"), start=2):
+        with (tmp_path / name).open("a") as file:
+            file.write("\n")
+        digests.add(pack.source_digest())
+        assert len(digests) == number, name
+
+
+def test_imports_decide_what_is_packed() -> None:
+    """Modules imported anywhere below the commands are in, those of other commands are not."""
+    names = pack.modules()
+    for needed in ("trainer.model", "trainer.embedded", "kernels.cutlass", "kernels.triton_ops"):
+        assert needed in names
+    for needless in ("trainer.fetch", "trainer.submission.pack", "trainer.generate"):
+        assert needless not in names
+    assert names["trainer.codesize"].name == "own_size.py"
+    assert {"torch", "numpy", "tyro", "brotli"} <= set(pack.third_party())
+    assert "python_minifier" not in pack.third_party()
+
+
+def test_unpacked_kernels_keep_the_name_of_their_library(folder: Path) -> None:
+    """A kernel library built from the repository serves the packed script: the hash is the same."""
+    code = "from kernels import build; print(build.source_hash())"
+    result = subprocess.run(
+        [sys.executable, "-c", code], cwd=_unpacked(folder), capture_output=True, text=True,
+        check=True, env={**os.environ, "PYTHONPATH": str(_unpacked(folder))},
+    )  # fmt: skip
+    assert result.stdout.strip() == build.source_hash()
+
+
+def test_every_byte_survives_the_literal() -> None:
+    """Every pair of bytes comes back from the source text in which it is written."""
+    data = bytes(byte for first in range(256) for second in range(256) for byte in (first, second))
+    source = b"# -*- coding: latin-1 -*-\nX=" + pack.latin1_literal(data).encode("latin-1")
+    assert source.count(b"\n") == 1
+    names: dict[str, str] = {}
+    exec(compile(source, "literal", "exec"), names)
+    assert names["X"].encode("latin-1") == data
+
+
+def test_ranks_may_unpack_at_once(script: bytes, folder: Path, tmp_path: Path) -> None:
+    """Eight ranks that start together end with one whole folder and no remains."""
+    path = tmp_path / "train_gpt.py"
+    path.write_bytes(script)
+    unpack = _started(path)["unpack"]
+    with ThreadPoolExecutor(8) as pool:
+        folders = set(pool.map(lambda _: unpack(path), range(8)))
+    assert folders == {_unpacked(tmp_path)}
+    for name in (*pack.modules(), "kernels.cuda.gemm"):
+        stem = name.replace(".", "/")
+        assert list(_unpacked(tmp_path).glob(f"{stem}*")), name
+    for path in _unpacked(tmp_path).rglob("*.*"):
+        twin = _unpacked(folder) / path.relative_to(_unpacked(tmp_path))
+        assert path.is_dir() or path.read_bytes() == twin.read_bytes(), path
+
+
+def test_a_changed_script_does_not_start(script: bytes, tmp_path: Path) -> None:
+    """A script re-encoded on its way says so instead of running."""
+    path = tmp_path / "train_gpt.py"
+    path.write_bytes(script.decode("latin-1").encode("utf-8"))
+    with pytest.raises(SystemExit, match="copy it again"):
+        _started(path)["unpack"](path)
+    assert not list(tmp_path.glob(".fairway-*"))
+
+
+def test_folder_tells_what_the_run_measured(
+    submission: Submission, script: bytes, tmp_path: Path
+) -> None:
+    """Every figure of the folder is that of the run's stages and of the script itself."""
+    command.write(submission, tmp_path / "out")
+    out, run = tmp_path / "out", submission.runs[0]
+    assert {path.name for path in out.iterdir()} == {
+        "README.md", "submission.json", "requirements.txt", "train_gpt.py", "train_seed1337.log",
+    }  # fmt: skip
+    assert (out / "train_gpt.py").read_bytes() == script
+    told = json.loads((out / "submission.json").read_text())
+    score = run.stages["slot_context"]
+    assert (told["val_loss"], told["val_bpb"]) == (score["nats"], score["bpb"])
+    assert told["bytes_code"] == len(script)
+    assert told["bytes_total"] == len(script) + run.folder.artifact.stat().st_size
+    assert told["causal"] is True
+    log = (out / "train_seed1337.log").read_text()
+    for row in run.metrics:
+        assert f"step:{row['step']}/8 train_loss:{row['train_nats']:.4f} " in log
+    assert f"final slot:context causal:yes val_loss:{score['nats']:.8f} " in log
+    assert f"final slot:shared causal:NO val_loss:{run.stages['slot_shared']['nats']:.8f} " in log
+    assert str(run.folder.path.parent) not in log
+    text = (out / "README.md").read_text()
+    assert f"{told['bytes_total']:,}" in text
+    assert f"**{score['bpb']:.4f} bits per byte** (SLOT `context`, causal by probe" in text
+    pins = dict(line.split("==") for line in (out / "requirements.txt").read_text().split())
+    recorded = run.environment["packages"]
+    assert pins["torch"] == recorded["torch"].split("+")[0]
+    assert pins["numpy"] == recorded["numpy"]
+
+
+def test_several_seeds_give_their_mean_and_largest_total(submission: Submission) -> None:
+    """Means and deviations over seeds are those of the seeds; the total is the largest one."""
+    first = submission.runs[0]
+    better = json.loads(json.dumps(first.stages))
+    better["slot_context"]["nats"] = first.stages["slot_context"]["nats"] - 0.5
+    better["artifact"]["artifact_bytes"] = first.artifact_bytes + 77
+    other = dataclasses.replace(
+        first, stages=better, config=dataclasses.replace(first.config, seed=7)
+    )
+    told = contents.submission_json(dataclasses.replace(submission, runs=[other, first]))
+    nats = first.stages["slot_context"]["nats"]
+    assert told["val_loss"] == pytest.approx(nats - 0.25)
+    assert told["val_loss_std"] == pytest.approx(0.5 / 2**0.5)
+    assert told["bytes_total"] == first.artifact_bytes + 77 + submission.bytes_code
+    assert list(told["seed_results"]) == ["7", "1337"]
+
+
+def test_a_score_that_is_not_causal_is_never_called_causal(submission: Submission) -> None:
+    """A folder headed by SLOT `shared` says in every place that it is not causal."""
+    shared = dataclasses.replace(submission, mode="shared")
+    told = contents.submission_json(shared)
+    assert told["causal"] is False
+    assert "NOT causal" in told["blurb"]
+    assert "NOT causal by probe" in readme(shared)
+    assert "a reproduction, not a claim" in readme(shared)
+
+
+def test_too_many_bytes_are_refused(submission: Submission, tmp_path: Path) -> None:
+    """One byte over the limit is refused, and nothing is written."""
+    room = SIZE_LIMIT_BYTES - submission.runs[0].artifact_bytes
+    command.write(dataclasses.replace(submission, script=bytes(room)), tmp_path / "fits")
+    with pytest.raises(ArtifactError, match="16,000,001 bytes"):
+        command.write(dataclasses.replace(submission, script=bytes(room + 1)), tmp_path / "over")
+    assert not (tmp_path / "over").exists()
+
+
+def _copied(folder: Path, tmp_path: Path, **settings: Any) -> Path:
+    """A copy of the plain run with other settings."""
+    copy = tmp_path / "copy"
+    shutil.copytree(folder / "runs" / "plain", copy)
+    config = json.loads((copy / "config.json").read_text())
+    (copy / "config.json").write_text(json.dumps({**config, **settings}))
+    return copy
+
+
+def test_runs_that_do_not_belong_together_are_refused(folder: Path, tmp_path: Path) -> None:
+    """Two runs of one seed, or of different settings, make no submission; another seed does."""
+    plain, copy = folder / "runs" / "plain", _copied(folder, tmp_path)
+    with pytest.raises(ConfigError, match="both have seed 1337"):
+        load_runs([plain, copy])
+    shutil.rmtree(copy)
+    copy = _copied(folder, tmp_path, seed=3, compute_dtype="bfloat16")
+    with pytest.raises(ConfigError, match="differ in compute_dtype"):
+        load_runs([plain, copy])
+    shutil.rmtree(copy)
+    runs = load_runs([plain, _copied(folder, tmp_path, seed=3)])
+    assert [run.seed for run in runs] == [3, 1337]
+
+
+def test_unfinished_and_altered_runs_are_explained(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A run that is not finished, or whose artifact is another, is refused with what to do."""
+    copy = _copied(folder, tmp_path)
+    (copy / "stages" / "slot_context.json").unlink()
+    assert command.main(["--runs", str(copy), "--out", str(tmp_path / "out")]) == 2
+    message = capsys.readouterr().err
+    assert "slot_context left to do" in message
+    assert f"--resume {copy}" in message
+    shutil.rmtree(copy)
+    copy = _copied(folder, tmp_path)
+    with (copy / "artifact.fwy").open("ab") as file:
+        file.write(b"x")
+    with pytest.raises(RunError, match="not the artifact this run scored"):
+        load_runs([copy])
+    assert not (tmp_path / "out").exists()
+
+
+def test_recorded_settings_come_back_from_their_command_line() -> None:
+    """The command line in the README gives the settings of the run, whatever their types."""
+    changed = dataclasses.replace(
+        RECORD,
+        compile=False,
+        model=ModelConfig(width=256, query_heads=4, kv_heads=2, value_embed_layers=(3, 5)),
+        train=dataclasses.replace(RECORD.train, max_seconds=None, max_steps=50),
+        eval=dataclasses.replace(RECORD.eval, slot_modes=("context",)),
+    )
+    arguments = arguments_for(changed)
+    assert arguments[0] == "record"
+    assert arguments_for(RECORD) == ["record"]
+    _, config = parse(arguments)
+    assert shared_settings(config) == shared_settings(changed)
