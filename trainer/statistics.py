@@ -69,8 +69,8 @@ class Result:
 
 
 PUBLISHED = (
-    Result("previous-record", "off", True, PREVIOUS_RECORD_NATS, FINEWEB, "8 x H100"),
-    Result("record", "shared", False, RECORD_NATS, FINEWEB, "8 x H100"),
+    Result("published-previous", "off", True, PREVIOUS_RECORD_NATS, FINEWEB, "8 x H100"),
+    Result("published-record", "shared", False, RECORD_NATS, FINEWEB, "8 x H100"),
 )
 """The published results. Their own comparison, t = -9.98, set a non-causal score against a causal
 one; the authors later withdrew the non-causal one."""

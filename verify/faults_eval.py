@@ -4,6 +4,8 @@ from verify.fault import Fault
 
 _SCORING = ("verify/test_scoring.py",)
 _KERNELS = ("verify/test_kernels.py",)
+_LEGALITY = ("verify/test_legality.py",)
+_SEEDS = ("verify/test_seeds.py",)
 
 FAULTS = [
     Fault(
@@ -103,6 +105,83 @@ FAULTS = [
         "-self.difference_nats >= MARGIN_NATS and self.p < ALPHA",
         "self.p < ALPHA",
         _SCORING,
+    ),
+    Fault(
+        "trainer/statistics.py",
+        "causal set against not causal",
+        "if new.causal != old.causal:",
+        "if False:",
+        _SEEDS,
+    ),
+    Fault(
+        "trainer/statistics.py",
+        "every text taken for the same",
+        "return self.sha256 == other.sha256",
+        "return True",
+        _SEEDS,
+    ),
+    Fault(
+        "trainer/collect.py",
+        "runs of other text in one mean",
+        '[s["causality"]["text_sha256"] for s in stages]',
+        '["" for s in stages]',
+        _SEEDS,
+    ),
+    Fault(
+        "trainer/collect.py",
+        "a record that breaks a rule called legal",
+        "if c.test.clears_bar and not all(",
+        "if False and not all(",
+        _SEEDS,
+    ),
+    Fault(
+        "trainer/seeds.py",
+        "a finished seed is run again",
+        "if collect.unfinished(folder, stored) is None:",
+        "if False:",
+        (*_SEEDS, "-k", "resumed"),
+    ),
+    Fault(
+        "trainer/legality.py",
+        "held-out text open to every stage",
+        "if self._stage not in OPEN_STAGES:",
+        "if False:",
+        _LEGALITY,
+    ),
+    Fault(
+        "trainer/legality.py",
+        "openings not counted",
+        "self._openings += 1",
+        "self._openings += 0",
+        _LEGALITY,
+    ),
+    Fault(
+        "trainer/legality.py",
+        "links to held-out text unseen",
+        "status = path.stat()",
+        "status = path.lstat()",
+        _LEGALITY,
+    ),
+    Fault(
+        "trainer/legality.py",
+        "code left out of the size",
+        "total = artifact_bytes + code_bytes",
+        "total = artifact_bytes",
+        _LEGALITY,
+    ),
+    Fault(
+        "trainer/causality.py",
+        "one rank of several probes its own batches alone",
+        "config, mode, shared_out=False)",
+        "config, mode)",
+        _LEGALITY,
+    ),
+    Fault(
+        "trainer/run.py",
+        "held-out text not watched",
+        "    with this.held_out.watched():\n",
+        "    if True:\n",
+        _LEGALITY,
     ),
     Fault(
         "trainer/tokens.py",
