@@ -21,7 +21,7 @@ from torch import Tensor
 from bench.scale import Scale, current
 from bench.stopwatch import Subject, time_interleaved
 from kernels import heads_triton, reference, residual_triton
-from kernels.tiles import ROW_BLOCK, SUMMING_BLOCK, RowBlock
+from kernels.tiles import HEADS_SUMMING_BLOCK, ROW_BLOCK, SUMMING_BLOCK, RowBlock
 from profiles import ceilings
 from trainer import environment, files
 from trainer.layers import rotary_tables
@@ -55,7 +55,8 @@ class Pass:
     plain: Callable[[], Any]
     tensors: Callable[[], Iterable[Tensor]]
     """Everything read and written, for the floor."""
-    summing: bool = False
+    summing: RowBlock | None = None
+    """Block shape of a pass that sums over rows; none: one that does not."""
 
 
 def passes(scale: Scale) -> dict[str, Pass]:
@@ -67,7 +68,7 @@ def passes(scale: Scale) -> dict[str, Pass]:
     lead = (scale.windows, c.seq_len)
     qkv = scale.normal(*lead, (h + 2 * g) * k)
     dq, y, grad = (scale.normal(*lead, h, k) for _ in range(3))
-    dk, dv, v = (scale.normal(*lead, g, k) for _ in range(3))
+    dk, dv, dv_more, v = (scale.normal(*lead, g, k) for _ in range(4))
     gain = torch.rand(h, device=scale.device) + 1
     cos, sin = (table.to(scale.device) for table in rotary_tables(c))
 
@@ -117,7 +118,7 @@ def passes(scale: Scale) -> dict[str, Pass]:
                 (du, dn),
             ),
             lambda: (du, dn, t, x0, *mixed_back(SUMMING_BLOCK, None)[:2]),
-            summing=True,
+            summing=SUMMING_BLOCK,
         ),
         "mix_norm backward, skip": Pass(
             lambda b: mixed_back(b, skip),
@@ -127,7 +128,7 @@ def passes(scale: Scale) -> dict[str, Pass]:
                 (du, dn),
             ),
             lambda: (du, dn, t, x0, skip, *mixed_back(SUMMING_BLOCK, None)[:2], skip),
-            summing=True,
+            summing=SUMMING_BLOCK,
         ),
         "add_norm backward": Pass(
             lambda b: residual_triton.add_norm_backward(dt, dn, t, DAMP, b),
@@ -135,14 +136,16 @@ def passes(scale: Scale) -> dict[str, Pass]:
             lambda: (dt, dn, t, t),
         ),
         "split_heads backward": Pass(
-            lambda b: heads_triton.split_heads_backward(dq, dk, dv, qkv, gain, cos, sin, b),
+            lambda b: heads_triton.split_heads_backward(
+                dq, dk, dv, dv_more, qkv, gain, cos, sin, b
+            ),
             _gradients(
                 lambda a, n: compiled_heads(a, None, n, g, cos, sin),
                 (qkv, gain),
                 (dq, dk, dv),
             ),
-            lambda: (dq, dk, dv, qkv, qkv),
-            summing=True,
+            lambda: (dq, dk, dv, dv_more, qkv, qkv),
+            summing=HEADS_SUMMING_BLOCK,
         ),
         "exclude_self backward": Pass(
             lambda b: heads_triton.exclude_self_backward(grad, y, v, b),
@@ -174,7 +177,7 @@ def measure(arguments: Arguments) -> dict[str, Any]:
     roof = ceilings.measure(scale.device.type)
     results: dict[str, Any] = {"copy_gbytes_per_s": roof.gbytes, "passes": {}}
     for name, one in passes(scale).items():
-        own = SUMMING_BLOCK if one.summing else ROW_BLOCK
+        own = one.summing or ROW_BLOCK
         blocks = (SUMMING if one.summing else MAPPING) if arguments.blocks else ()
         subjects: dict[str, Subject] = {
             "kernel": lambda i, p=one, b=own: p.kernel(b),

@@ -59,6 +59,21 @@ def check_cuda_tensors(**tensors: Tensor | None) -> None:
             raise ValueError(f"{name} must be contiguous; call .contiguous() on it")
 
 
+def check_rows(**tensors: Tensor) -> None:
+    """Tensors [B, T, G, K] on a CUDA device whose rows are contiguous and evenly spaced.
+
+    Raises:
+        ValueError: another layout or place; the message names the tensor.
+    """
+    for name, tensor in tensors.items():
+        if not tensor.is_cuda:
+            raise ValueError(f"{name} is on {tensor.device}; it must be on a CUDA device")
+        _, T, _, K = tensor.shape
+        batch, row, head, element = tensor.stride()
+        if (head, element) != (K, 1) or batch != T * row:
+            raise ValueError(f"{name} must have contiguous rows; call .contiguous() on it")
+
+
 def check_power_of_two(**sizes: int) -> None:
     """Triton's blocks have sizes that are powers of two. Raises ValueError."""
     for name, size in sizes.items():

@@ -19,7 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.reference import EPS, SMALLEST_NORM
-from kernels.tiles import ROW_BLOCK, SUMMING_BLOCK, RowBlock
+from kernels.tiles import HEADS_SUMMING_BLOCK, ROW_BLOCK, RowBlock
 
 
 @triton.jit
@@ -54,7 +54,7 @@ def split_heads_kernel(
     qkv, value_embed, gain, cos, sin, q, k, v, M, T, eps, EMBED: tl.constexpr,
     H: tl.constexpr, G: tl.constexpr, K: tl.constexpr, HALF: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """ROWS rows of q, k and v."""
+    """ROWS rows of q, k and, with EMBED, v."""
     W: tl.constexpr = (H + 2 * G) * K
     row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS))[:, None, None]
     inside = row < M
@@ -62,12 +62,12 @@ def split_heads_kernel(
     gains = tl.load(gain + tl.arange(0, H))[None, :, None]
     _normed_and_turned(qkv, q, row, inside, c, s, partner, gains, eps, W, H, K)
     _normed_and_turned(qkv + H * K, k, row, inside, c, s, partner, 1.0, eps, W, G, K)
-    column = tl.arange(0, G * K)[None, None, :]
-    values = tl.load(qkv + (H + G) * K + row * W + column, mask=inside, other=0.0).to(tl.float32)
     if EMBED:
+        column = tl.arange(0, G * K)[None, None, :]
+        values = tl.load(qkv + (H + G) * K + row * W + column, mask=inside, other=0.0)
         more = tl.load(value_embed + row * (G * K) + column, mask=inside, other=0.0)
-        values += more.to(tl.float32)
-    tl.store(v + row * (G * K) + column, values.to(v.dtype.element_ty), mask=inside)
+        values = values.to(tl.float32) + more.to(tl.float32)
+        tl.store(v + row * (G * K) + column, values.to(v.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -90,7 +90,7 @@ def _heads_gradient(source, grad, out, row, inside, c, s, partner, gain, eps, W:
 
 @triton.jit
 def split_heads_backward_kernel(
-    dq, dk, dv, qkv, gain, cos, sin, dqkv, sums, M, T, eps,
+    dq, dk, dv, dv_more, qkv, gain, cos, sin, dqkv, sums, M, T, eps,
     H: tl.constexpr, G: tl.constexpr, K: tl.constexpr, HALF: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """Joint gradient of every P-th group of rows, and partial sums of the gains'."""
@@ -106,7 +106,9 @@ def split_heads_backward_kernel(
         _heads_gradient(
             qkv + H * K, dk, dqkv + H * K, row, inside, c, s, partner, 1.0, eps, W, G, K
         )
-        values = tl.load(dv + row * (G * K) + column, mask=inside, other=0.0)
+        values = tl.load(dv + row * (G * K) + column, mask=inside, other=0.0).to(tl.float32)
+        values += tl.load(dv_more + row * (G * K) + column, mask=inside, other=0.0).to(tl.float32)
+        values = values.to(dqkv.dtype.element_ty)
         tl.store(dqkv + (H + G) * K + row * W + column, values, mask=inside)
     at = tl.program_id(0) * H + tl.arange(0, H)
     tl.store(sums + at[:, None], tl.sum(sum_gain, axis=0))
@@ -123,14 +125,15 @@ def _unit(v, at, inside, smallest):
 
 @triton.jit
 def exclude_self_kernel(
-    y, v, out, M, smallest, H: tl.constexpr, G: tl.constexpr, K: tl.constexpr, ROWS: tl.constexpr
-):
+    y, v, out, M, v_stride, smallest,
+    H: tl.constexpr, G: tl.constexpr, K: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
     """ROWS rows of each head's output without its part along its own value."""
     PER_GROUP: tl.constexpr = H // G
     row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS))[:, None, None]
     inside = row < M
     g, d = tl.arange(0, G)[None, :, None], tl.arange(0, K)[None, None, :]
-    unit, _, _ = _unit(v, (row * G + g) * K + d, inside, smallest)
+    unit, _, _ = _unit(v, row * v_stride + g * K + d, inside, smallest)
     for r in tl.static_range(PER_GROUP):
         at = (row * H + g * PER_GROUP + r) * K + d
         head = tl.load(y + at, mask=inside, other=0.0).to(tl.float32)
@@ -140,7 +143,7 @@ def exclude_self_kernel(
 
 @triton.jit
 def exclude_self_backward_kernel(
-    grad, y, v, dy, dv, M, smallest,
+    grad, y, v, dy, dv, M, v_stride, smallest,
     H: tl.constexpr, G: tl.constexpr, K: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """ROWS rows of the gradients at attention's output and at the values."""
@@ -148,8 +151,7 @@ def exclude_self_backward_kernel(
     row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS))[:, None, None]
     inside = row < M
     g, d = tl.arange(0, G)[None, :, None], tl.arange(0, K)[None, None, :]
-    at_v = (row * G + g) * K + d
-    unit, divisor, length = _unit(v, at_v, inside, smallest)
+    unit, divisor, length = _unit(v, row * v_stride + g * K + d, inside, smallest)
     d_unit = tl.zeros((ROWS, G, K), dtype=tl.float32)
     for r in tl.static_range(PER_GROUP):
         at = (row * H + g * PER_GROUP + r) * K + d
@@ -162,7 +164,7 @@ def exclude_self_backward_kernel(
         d_unit -= of_head * outer + of_outer * head
     along = tl.where(length > smallest, tl.sum(d_unit * unit, axis=2, keep_dims=True), 0.0)
     d_values = (d_unit - along * unit) / divisor
-    tl.store(dv + at_v, d_values.to(dv.dtype.element_ty), mask=inside)
+    tl.store(dv + (row * G + g) * K + d, d_values.to(dv.dtype.element_ty), mask=inside)
 
 
 def split_heads(
@@ -173,13 +175,18 @@ def split_heads(
     cos: Tensor,
     sin: Tensor,
     block: RowBlock = ROW_BLOCK,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """q [B, T, H, K], k and v [B, T, G, K]; meaning: `kernels.reference.split_heads`."""
+) -> list[Tensor]:
+    """q [B, T, H, K], k and, with a value embedding, v [B, T, G, K].
+
+    Without one, v is the last columns of `qkv` as they are, and is not copied. Meaning:
+    `kernels.reference.split_heads`.
+    """
     B, T, W = qkv.shape
     H, G = len(gain_H), kv_heads
     K = W // (H + 2 * G)
     q = qkv.new_empty((B, T, H, K))
-    k, v = qkv.new_empty((B, T, G, K)), qkv.new_empty((B, T, G, K))
+    k = qkv.new_empty((B, T, G, K))
+    v = k if value_embed is None else torch.empty_like(k)
     split_heads_kernel[(triton.cdiv(B * T, block.rows),)](
         qkv,
         qkv if value_embed is None else value_embed,
@@ -200,20 +207,24 @@ def split_heads(
         ROWS=block.rows,
         num_warps=block.warps,
     )
-    return q, k, v
+    return [q, k] if value_embed is None else [q, k, v]
 
 
 def split_heads_backward(
     dq: Tensor,
     dk: Tensor,
     dv: Tensor,
+    dv_more: Tensor,
     qkv: Tensor,
     gain_H: Tensor,
     cos: Tensor,
     sin: Tensor,
-    block: RowBlock = SUMMING_BLOCK,
+    block: RowBlock = HEADS_SUMMING_BLOCK,
 ) -> tuple[Tensor, Tensor]:
-    """Gradient at qkv, [B, T, W], and partial sums [P, H] of that at the gains."""
+    """Gradient at qkv, [B, T, W], and partial sums [P, H] of that at the gains.
+
+    `dv` and `dv_more` are the gradients of the two readers of v, added on the way.
+    """
     B, T, _ = qkv.shape
     (H, K), G = dq.shape[2:], dk.shape[2]
     programs = block.count(B * T)
@@ -223,6 +234,7 @@ def split_heads_backward(
         dq,
         dk,
         dv,
+        dv_more,
         qkv,
         gain_H,
         cos,
@@ -243,7 +255,10 @@ def split_heads_backward(
 
 
 def exclude_self(y_BTHK: Tensor, v_BTGK: Tensor, block: RowBlock = ROW_BLOCK) -> Tensor:
-    """Attention's output without its own values; meaning: `kernels.reference.exclude_self`."""
+    """Attention's output without its own values; meaning: `kernels.reference.exclude_self`.
+
+    `v_BTGK` may be columns of a wider tensor: rows at any distance, each contiguous.
+    """
     B, T, H, K = y_BTHK.shape
     out = torch.empty_like(y_BTHK)
     exclude_self_kernel[(triton.cdiv(B * T, block.rows),)](
@@ -251,6 +266,7 @@ def exclude_self(y_BTHK: Tensor, v_BTGK: Tensor, block: RowBlock = ROW_BLOCK) ->
         v_BTGK,
         out,
         B * T,
+        v_BTGK.stride(1),
         SMALLEST_NORM,
         H=H,
         G=v_BTGK.shape[2],
@@ -266,7 +282,7 @@ def exclude_self_backward(
 ) -> tuple[Tensor, Tensor]:
     """Gradients at y and v."""
     B, T, H, K = y_BTHK.shape
-    dy, dv = torch.empty_like(y_BTHK), torch.empty_like(v_BTGK)
+    dy, dv = torch.empty_like(y_BTHK), v_BTGK.new_empty(v_BTGK.shape)
     exclude_self_backward_kernel[(triton.cdiv(B * T, block.rows),)](
         grad_BTHK,
         y_BTHK,
@@ -274,6 +290,7 @@ def exclude_self_backward(
         dy,
         dv,
         B * T,
+        v_BTGK.stride(1),
         SMALLEST_NORM,
         H=H,
         G=v_BTGK.shape[2],

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from kernels import heads_triton, residual_triton
-from kernels.checks import check_cuda_tensors, check_power_of_two
-from kernels.tiles import SUMMING_BLOCK
+from kernels.checks import check_cuda_tensors, check_power_of_two, check_rows
+from kernels.tiles import HEADS_SUMMING_BLOCK, SUMMING_BLOCK
 
 
 @torch.library.custom_op("fairway::mix_norm", mutates_args=())
@@ -111,8 +111,10 @@ def _(dt: Tensor | None, dn: Tensor, t: Tensor, damp: float) -> Tensor:
 @torch.library.custom_op("fairway::split_heads", mutates_args=())
 def split_heads(
     qkv: Tensor, value_embed: Tensor | None, gain_H: Tensor, kv_heads: int, cos: Tensor, sin: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """q [B, T, H, K], k and v [B, T, G, K]; meaning: `kernels.reference.split_heads`.
+) -> list[Tensor]:
+    """q [B, T, H, K], k and, with a value embedding, v [B, T, G, K]; v is else part of `qkv`.
+
+    Meaning: `kernels.reference.split_heads`.
 
     Raises:
         ValueError: an argument is not on a CUDA device or not contiguous, or a number of heads or
@@ -127,28 +129,41 @@ def split_heads(
 @split_heads.register_fake
 def _(
     qkv: Tensor, value_embed: Tensor | None, gain_H: Tensor, kv_heads: int, cos: Tensor, sin: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> list[Tensor]:
     (B, T, W), H = qkv.shape, len(gain_H)
     K = W // (H + 2 * kv_heads)
-    heads = (H, kv_heads, kv_heads)
-    q, k, v = (qkv.new_empty((B, T, count, K)) for count in heads)
-    return q, k, v
+    heads = (H, kv_heads) if value_embed is None else (H, kv_heads, kv_heads)
+    return [qkv.new_empty((B, T, count, K)) for count in heads]
 
 
 @torch.library.custom_op("fairway::split_heads_backward", mutates_args=())
 def split_heads_backward(
-    dq: Tensor, dk: Tensor, dv: Tensor, qkv: Tensor, gain_H: Tensor, cos: Tensor, sin: Tensor
+    dq: Tensor,
+    dk: Tensor,
+    dv: Tensor,
+    dv_more: Tensor,
+    qkv: Tensor,
+    gain_H: Tensor,
+    cos: Tensor,
+    sin: Tensor,
 ) -> tuple[Tensor, Tensor]:
     """Gradient at qkv, [B, T, W], and partial sums [P, H] of that at the gains."""
-    check_cuda_tensors(dq=dq, dk=dk, dv=dv, qkv=qkv)
-    return heads_triton.split_heads_backward(dq, dk, dv, qkv, gain_H, cos, sin)
+    check_cuda_tensors(dq=dq, dk=dk, dv=dv, dv_more=dv_more, qkv=qkv)
+    return heads_triton.split_heads_backward(dq, dk, dv, dv_more, qkv, gain_H, cos, sin)
 
 
 @split_heads_backward.register_fake
 def _(
-    dq: Tensor, dk: Tensor, dv: Tensor, qkv: Tensor, gain_H: Tensor, cos: Tensor, sin: Tensor
+    dq: Tensor,
+    dk: Tensor,
+    dv: Tensor,
+    dv_more: Tensor,
+    qkv: Tensor,
+    gain_H: Tensor,
+    cos: Tensor,
+    sin: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    programs = SUMMING_BLOCK.count(qkv.shape[0] * qkv.shape[1])
+    programs = HEADS_SUMMING_BLOCK.count(qkv.shape[0] * qkv.shape[1])
     sums = qkv.new_empty((programs, len(gain_H)), dtype=torch.float32)
     return torch.empty_like(qkv), sums
 
@@ -160,7 +175,8 @@ def exclude_self(y_BTHK: Tensor, v_BTGK: Tensor) -> Tensor:
     Raises:
         ValueError: as `split_heads`.
     """
-    check_cuda_tensors(y=y_BTHK, v=v_BTGK)
+    check_cuda_tensors(y=y_BTHK)
+    check_rows(v=v_BTGK)
     heads, size = y_BTHK.shape[2:]
     check_power_of_two(query_heads=heads, kv_heads=v_BTGK.shape[2], head_size=size)
     return heads_triton.exclude_self(y_BTHK, v_BTGK)
@@ -176,13 +192,14 @@ def exclude_self_backward(
     grad_BTHK: Tensor, y_BTHK: Tensor, v_BTGK: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Gradients at y and v."""
-    check_cuda_tensors(grad=grad_BTHK, y=y_BTHK, v=v_BTGK)
+    check_cuda_tensors(grad=grad_BTHK, y=y_BTHK)
+    check_rows(v=v_BTGK)
     return heads_triton.exclude_self_backward(grad_BTHK, y_BTHK, v_BTGK)
 
 
 @exclude_self_backward.register_fake
 def _(grad_BTHK: Tensor, y_BTHK: Tensor, v_BTGK: Tensor) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(y_BTHK), torch.empty_like(v_BTGK)
+    return torch.empty_like(y_BTHK), v_BTGK.new_empty(v_BTGK.shape)
 
 
 def _check_stream(**tensors: Tensor | None) -> None:

@@ -82,10 +82,14 @@ def split_heads(
     sin: Tensor,
     *,
     backend: str = "reference",
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Queries, keys and values for attention; arguments of `kernels.reference.split_heads`."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """q, k, v of `kernels.reference.split_heads`, and v once more for XSA.
+
+    Each reader of the values sends its own gradient back; the fused pass adds the two on the way.
+    """
     if backend == "reference":
-        return reference.split_heads(qkv, value_embed, gain_H, kv_heads, cos, sin)
+        q, k, v = reference.split_heads(qkv, value_embed, gain_H, kv_heads, cos, sin)
+        return q, k, v, v
     value_embed = None if value_embed is None else value_embed.contiguous()
     return _SplitHeads.apply(qkv.contiguous(), value_embed, gain_H, kv_heads, cos, sin)
 
@@ -94,7 +98,7 @@ def exclude_self(y_BTHK: Tensor, v_BTGK: Tensor, *, backend: str = "reference") 
     """XSA; meaning: `kernels.reference.exclude_self`."""
     if backend == "reference":
         return reference.exclude_self(y_BTHK, v_BTGK)
-    return _ExcludeSelf.apply(y_BTHK.contiguous(), v_BTGK.contiguous())
+    return _ExcludeSelf.apply(y_BTHK.contiguous(), v_BTGK)
 
 
 def _rows(x: Tensor) -> Tensor:
@@ -184,21 +188,23 @@ class _SplitHeads(torch.autograd.Function):
         kv_heads: int,
         cos: Tensor,
         sin: Tensor,
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         from kernels import pass_ops
 
         ctx.save_for_backward(qkv, gain_H, cos, sin)
-        ctx.embed_shape = None if value_embed is None else value_embed.shape
-        return pass_ops.split_heads(qkv, value_embed, gain_H, kv_heads, cos, sin)
+        ctx.has_embed = value_embed is not None
+        q, k, *more = pass_ops.split_heads(qkv, value_embed, gain_H, kv_heads, cos, sin)
+        v = more[0] if more else qkv[..., -k.shape[2] * k.shape[3] :].view_as(k)
+        return q, k, v, v.view_as(v)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         from kernels import pass_ops
 
         qkv, gain_H, cos, sin = ctx.saved_tensors
-        dq, dk, dv = (g.contiguous() for g in grads)
-        dqkv, sums_PH = pass_ops.split_heads_backward(dq, dk, dv, qkv, gain_H, cos, sin)
-        d_embed = None if ctx.embed_shape is None else dv.view(ctx.embed_shape)
+        dq, dk, dv, dv_more = (g.contiguous() for g in grads)
+        dqkv, sums_PH = pass_ops.split_heads_backward(dq, dk, dv, dv_more, qkv, gain_H, cos, sin)
+        d_embed = dqkv[..., -dv.shape[2] * dv.shape[3] :] if ctx.has_embed else None
         return dqkv, d_embed, sums_PH.sum(dim=0), None, None, None
 
 

@@ -88,5 +88,8 @@ class RowBlock:
 
 ROW_BLOCK = RowBlock(4, 4)
 """Passes that only map rows to rows."""
-SUMMING_BLOCK = RowBlock(2, 4)
-"""Passes that also sum over rows: half as many elements a thread, for the sums take registers."""
+SUMMING_BLOCK = RowBlock(2, 2, programs=2112)
+"""The entry of a block, backward: few rows, for the sums over rows take registers."""
+HEADS_SUMMING_BLOCK = RowBlock(4, 4, programs=2112)
+"""The heads, backward: their sums are one number a head. Both by `python -m bench.passes --blocks`
+on an H100."""

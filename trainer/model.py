@@ -373,7 +373,7 @@ class GPT(nn.Module):
         """Grouped-query attention with normalised q and k, partial rotary and XSA."""
         gain_H = self.block(i).attn.q_gain
         if cache is None and last is None:
-            q, k, v = passes.split_heads(
+            q, k, v, own_v = passes.split_heads(
                 F.linear(x, weights.qkv[i]),
                 value_embed,
                 gain_H,
@@ -382,7 +382,7 @@ class GPT(nn.Module):
                 backend=self.passes_backend,
             )
             y = layers.causal_attention(q, k, v, self.attention_backend)
-            y = passes.exclude_self(y, v, backend=self.passes_backend)
+            y = passes.exclude_self(y, own_v, backend=self.passes_backend)
         else:
             y = self._attend_partly(
                 i, x, weights.qkv[i], rotary, positions_T, value_embed, cache, last

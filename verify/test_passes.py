@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from kernels import passes, reference
-from kernels.checks import check_cuda_tensors, check_power_of_two
+from kernels.checks import check_cuda_tensors, check_power_of_two, check_rows
 from trainer.config import ModelConfig
 from trainer.model import GPT
 from verify.models import random_model
@@ -93,12 +93,15 @@ def heads(seed, b, t, heads, half, embed, block):
     value_embed = value_embed if embed else None
     want = reference.split_heads(qkv, value_embed, gain, g, cos, sin)
     grads = draw(seed + 2, *[w.shape for w in want])
-    sum((w * grad).sum() for w, grad in zip(want, grads)).backward()
+    dq, dk, dv = grads
+    more, = draw(seed + 3, dv.shape)
+    ((want[0] * dq).sum() + (want[1] * dk).sum() + (want[2] * (dv + more)).sum()).backward()
     got = heads_triton.split_heads(
         single(qkv), single(value_embed), single(gain), g, cos, sin, block)
-    compare("qkv", got, want, 16 * k)
+    assert len(got) == (3 if embed else 2)
+    compare("qkv"[:len(got)], got, want[:len(got)], 16 * k)
     dqkv, sums = heads_triton.split_heads_backward(
-        *(single(x) for x in grads), single(qkv), single(gain), cos, sin, block)
+        *(single(x) for x in (*grads, more)), single(qkv), single(gain), cos, sin, block)
     compare(("dqkv", "dgain"), (dqkv, sums.sum(0)), (qkv.grad, gain.grad), 64 * k * (b * t + h))
 
 @many
@@ -111,8 +114,11 @@ def exclude_self(seed, b, t, heads, zero, block):
         v.data[0, 0, 0] = 0
     want = reference.exclude_self(y, v)
     want.backward(grad)
-    got = heads_triton.exclude_self(single(y), single(v), block)
-    dy, dv = heads_triton.exclude_self_backward(single(grad), single(y), single(v), block)
+    wide = torch.full((b, t, 5 + g * k), 7.0)  # values are columns of a joint projection
+    wide[..., 5:] = single(v).flatten(2)
+    columns = wide[..., 5:].unflatten(-1, (g, k))
+    got = heads_triton.exclude_self(single(y), columns, block)
+    dy, dv = heads_triton.exclude_self_backward(single(grad), single(y), columns, block)
     compare(("y", "dy"), (got, dy), (want, y.grad), 16 * k)
     assert not dv.isnan().any()
     there = v.norm(dim=-1) > 0
@@ -148,7 +154,8 @@ from trainer.model import GPT
 from verify.models import random_model
 from verify.tolerance import check, relative_error, rounding_budget
 
-pass_ops.check_cuda_tensors = lambda **tensors: None  # the interpreter takes CPU tensors
+for check_place in ("check_cuda_tensors", "check_rows"):
+    setattr(pass_ops, check_place, lambda **tensors: None)  # the interpreter takes CPU tensors
 plain = random_model().requires_grad_()
 fused = GPT(plain.config, passes="triton")
 fused.load_state_dict(plain.state_dict())
@@ -204,6 +211,8 @@ def test_tensors_elsewhere_are_refused() -> None:
     """A tensor on the CPU is named."""
     with pytest.raises(ValueError, match="skip is on cpu"):
         check_cuda_tensors(branch=None, skip=torch.zeros(1))
+    with pytest.raises(ValueError, match="v is on cpu"):
+        check_rows(v=torch.zeros(1, 1, 1, 1))
 
 
 @pytest.mark.parametrize(("name", "device"), [("triton", "cpu"), ("fast", "cuda")])
@@ -280,8 +289,8 @@ def test_head_passes_on_the_gpu(embed: bool) -> None:
 
     def run(backend: str, qkv: Tensor, gain: Tensor, value_embed: Tensor) -> Any:
         chosen = value_embed if embed else None
-        q, k, v = passes.split_heads(qkv, chosen, gain, 4, cos, sin, backend=backend)
-        return q + 0 * value_embed.sum(), k, v
+        q, k, *v = passes.split_heads(qkv, chosen, gain, 4, cos, sin, backend=backend)
+        return q + 0 * value_embed.sum(), k, *v
 
     _within_budget("split_heads", run, inputs, {1})
     y_v = _bf16(4, (3, 65, 8, 64), (3, 65, 4, 64))
