@@ -3,6 +3,7 @@
 import datetime
 import json
 import sys
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -15,7 +16,12 @@ from bench.measure import Case, Measurement, measure, warm_up
 from bench.scale import Scale, current
 from trainer import environment, files
 
-BASELINE_MEASUREMENTS = 6
+BASELINE_MEASUREMENTS = 4
+"""Of each subject in one process. More would narrow what is known of the noise inside a process,
+but the noise between processes is larger."""
+FEWEST_MEASUREMENTS = 2
+LONGEST_BUDGETS = 10.0
+"""A subject whose measurements took so many budgets gets no further ones: GPTQ takes seconds."""
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -23,12 +29,13 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption(
         "--update-baseline",
         action="store_true",
-        help="write this machine's baseline instead of comparing with it",
+        help="write this machine's baseline instead of comparing with it, from this process alone "
+        "(python -m bench.baseline makes one from several)",
     )
     group.addoption(
         "--extend-baseline",
         action="store_true",
-        help="add measurements to this machine's baseline, so that noise between runs counts too",
+        help="add this process to this machine's baseline: noise between processes counts too",
     )
     group.addoption(
         "--budget-s",
@@ -70,27 +77,49 @@ class Session:
         self.stored = gate.RUNS / f"{now}.json"
         self.measured: dict[str, list[Measurement]] = {}
         self.lines: list[str] = []
+        self.started = time.monotonic()
+        self.capture = config.pluginmanager.get_plugin("capturemanager")
+
+    @property
+    def writes(self) -> bool:
+        """A baseline is being made."""
+        return self.update or self.extend
 
     def run(self, name: str, case: Case) -> tuple[gate.Verdict, list[Measurement]]:
         once: Callable[[], Measurement] = lambda: measure(case, self.budget_s)  # noqa: E731
         warm_up(case)
-        if self.update or self.extend:
-            made = [once() for _ in range(BASELINE_MEASUREMENTS)]
-            margin = gate.Baseline(made[0].reference, tuple(m.ratio for m in made)).margin
-            noisy = ", noisy: extend it on a quieter machine" if margin > gate.NOISY_MARGIN else ""
-            verdict = gate.Verdict(True, f"{name}: margin {margin:.1%}{noisy}")
+        if self.writes:
+            made = self._baseline_measurements(once)
+            verdict = gate.Verdict(True, f"{name}: {made[0].ratio:.4f} x {made[0].reference}")
         else:
             where = f"bench/baselines/{self.path.name}"
             verdict, made = gate.judge(name, self.baselines.get(name), once, where)
         self.measured[name] = made
         self.lines.append(verdict.message)
         self._store(name, made)
+        self._say(verdict.message)
         return verdict, made
+
+    def _say(self, message: str) -> None:
+        """Progress, past pytest's capture and on a line of its own: pytest is amid another."""
+        assert self.capture is not None
+        with self.capture.global_and_fixture_disabled():
+            print(f"\n[{time.monotonic() - self.started:.0f} s] {message}", flush=True)
+
+    def _baseline_measurements(self, once: Callable[[], Measurement]) -> list[Measurement]:
+        started = time.monotonic()
+        made: list[Measurement] = []
+        while len(made) < BASELINE_MEASUREMENTS:
+            made.append(once())
+            tired = time.monotonic() - started > LONGEST_BUDGETS * self.budget_s
+            if tired and len(made) >= FEWEST_MEASUREMENTS:
+                break
+        return made
 
     def _store(self, name: str, made: list[Measurement]) -> None:
         """Write what is measured so far: a run that is cut short keeps it."""
         files.write_json(self.stored, gate.document(self.environment, self.measured))
-        if self.update or self.extend:
+        if self.writes:
             latest = gate.document(self.environment, {name: made})
             old = json.loads(self.path.read_text()) if self.path.exists() else None
             files.write_json(self.path, gate.merged(old, latest, extend=self.extend))
@@ -155,8 +184,12 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
     if session is None:
         return
     terminalreporter.section(f"gate: {session.path.stem}")
-    for line in session.lines:
-        terminalreporter.write_line(line)
-    if session.update or session.extend:
+    if session.writes:
+        written = gate.load(session.path)
+        for name in session.measured:
+            terminalreporter.write_line(gate.describe(name, written[name]))
         terminalreporter.write_line(f"baseline written: bench/baselines/{session.path.name}")
+    else:
+        for line in session.lines:
+            terminalreporter.write_line(line)
     sys.stdout.flush()

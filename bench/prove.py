@@ -62,7 +62,7 @@ def prove(name: str, case: Case, budget_s: float) -> dict[str, Any]:
     slowed = repeated(case, SLOWED_CALLS, CALLS)
     warm_up(same)
     ratios = [measure(same, budget_s).ratio for _ in range(BASELINE_MEASUREMENTS)]
-    baseline = gate.Baseline(case.reference_name, tuple(ratios))
+    baseline = gate.Baseline(case.reference_name, (tuple(ratios),))
     verdicts = [
         gate.judge(name, baseline, lambda: measure(same, budget_s), "this run", PAUSES_S)[0]
         for _ in range(REPEATS)
