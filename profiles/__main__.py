@@ -4,6 +4,7 @@
     python -m profiles kernel mlp_dpre         one kernel beside its roofline
     python -m profiles compare BEFORE AFTER    two profiles as stacked bars
     python -m profiles trend micro_step        a bench subject over stored runs
+    python -m profiles model RUN               inside a trained model: ranks, heads, bits
 
 A CUDA machine runs the record's shapes, a CPU the smoke preset's. Nsight Compute is used where it
 can be, else the PyTorch profiler; the output says which.
@@ -25,6 +26,7 @@ from bench.stopwatch import time_interleaved
 from kernels.mlp import require_backend
 from profiles import ceilings, kernels, nsight, pictures, table, torch_trace, workload
 from profiles.components import Sizes, component
+from profiles.model import analysis
 from profiles.profile import Component, Profile, build, load, save
 from trainer import environment, files
 from trainer.config import MlpBackend
@@ -94,6 +96,7 @@ Command = (
     | Annotated[OneKernel, tyro.conf.subcommand("kernel")]
     | Annotated[Compare, tyro.conf.subcommand("compare")]
     | Annotated[Trend, tyro.conf.subcommand("trend")]
+    | Annotated[analysis.Options, tyro.conf.subcommand("model")]
 )
 
 
@@ -105,6 +108,7 @@ def main(arguments: list[str] | None = None) -> int:
         OneKernel: one_kernel,
         Compare: compare,
         Trend: trend,
+        analysis.Options: analysis.main,
     }
     try:
         actions[type(command)](command)

@@ -43,6 +43,10 @@ class Made:
         """Hessian-weighted error of every matrix at these bits."""
         return {n: self.errors[b][n] for n, b in bits.items()}
 
+    def packed_bytes(self, bits: Bits, compressor: Compressor) -> int:
+        """Exact size of the artifact with these bits; Brotli-11 takes its time."""
+        return len(artifact.pack(self.chosen(bits), compressor))
+
     def estimated_bytes(self, bits: Bits) -> float:
         """Estimated compressed bytes of `chosen(bits)`."""
         return self.rest_bytes + sum(self.sizes[n][b] for n, b in bits.items())
@@ -73,7 +77,7 @@ def largest_fit(
     candidate: Callable[[int], Bits],
     highest: int,
     limit_bytes: int,
-    compressor: Compressor,
+    exact_bytes: Callable[[Bits], int],
     *,
     slack_bytes: int = 0,
     ratio: float = 1.0,
@@ -85,12 +89,12 @@ def largest_fit(
         candidate: bits of a candidate; their bytes grow with its number.
         highest: the last candidate.
         limit_bytes: limit on the artifact.
-        compressor: of the exact size.
+        exact_bytes: size of the artifact with these bits, as `Made.packed_bytes` gives it.
         slack_bytes: room that may stay unused.
         ratio: exact over estimated bytes, if known: spares tries.
     """
     sizer = Sizer(
-        lambda n: len(artifact.pack(made.chosen(candidate(n)), compressor)),
+        lambda n: exact_bytes(candidate(n)),
         lambda n: ratio * made.estimated_bytes(candidate(n)),
     )
     found = most_that_fits(sizer, highest, limit_bytes, slack_bytes)

@@ -78,7 +78,7 @@ def _budgeted(
         lambda count: allocate.bits_with(order, count),
         len(order),
         quant.limit_bytes - codesize.code_bytes(),
-        quant.compressor,
+        lambda bits: made.packed_bytes(bits, quant.compressor),
     )
     log(f"budget: {sum(b == 6 for b in bits.values())} of {len(order)} matrices in int6")
     return made.chosen(bits).matrices, made.chosen_errors(bits)
@@ -98,7 +98,7 @@ def _measured(
         knapsack.bits,
         knapsack.highest,
         limit,
-        quant.compressor,
+        lambda bits: made.packed_bytes(bits, quant.compressor),
         slack_bytes=int(SLACK_SHARE * limit),
     )
     widths = ", ".join(f"{n} int{b}" for b, n in sorted(Counter(bits.values()).items()))

@@ -163,11 +163,12 @@ def test_measured_bits_fit_and_hurt_least(share: float, tmp_path: Path) -> None:
     assert _nats(measured) <= _nats(_run("budgeted", limit, tmp_path / "budgeted.fwy"))
 
 
-def test_unbounded_measured_bits_are_int8_and_come_back(tmp_path: Path) -> None:
-    """Where everything fits all matrices are int8, and a file of int8 matrices is read again."""
+def test_unbounded_measured_bits_are_the_largest_and_come_back(tmp_path: Path) -> None:
+    """Where everything fits nearly all is int8 (as good as int7 now and then), and is read back."""
     path = tmp_path / "quantized.fwy"
     bits = _run("measured", 10**9, path)
-    assert set(bits.values()) == {8}
+    assert min(bits.values()) >= 7
+    assert 8 in bits.values()
     assert artifact.load(path).matrices.keys() == bits.keys()
 
 

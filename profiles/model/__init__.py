@@ -1,0 +1,1 @@
+"""Inside a trained model: what its matrices, heads, losses and bits are like."""
