@@ -97,7 +97,7 @@ def attention(scale: Scale) -> Case:
     """Projections, normalisation, rotary, attention and XSA of a layer, forward and backward."""
     model = scale.model(shape=one_layer(scale.config.model))
     x_BTD = _hidden(scale)
-    weights = model._cast_weights()
+    weights = model.cast_weights()
     context = _context(model, scale)
 
     def forward(x: Tensor, qkv: Tensor, out: Tensor) -> Tensor:
@@ -112,7 +112,7 @@ def block(scale: Scale, backend: MlpBackend) -> Case:
     # The last of three: it has a branch to add at its entry, and no skip.
     model = scale.model(backend, replace(one_layer(scale.config.model), layers=3))
     x_BTD, branch_BTD, x0_BTD = _hidden(scale), _hidden(scale), _hidden(scale)
-    weights = model._cast_weights()
+    weights = model.cast_weights()
     context = _context(model, scale)
 
     def forward(

@@ -19,7 +19,7 @@ from bench.scale import Scale, compression_reference, gemm_reference, host_refer
 from trainer import artifact, calibrate
 from trainer.artifact import Compressor
 from trainer.average import Averages
-from trainer.config import MICRO_BATCHES, EvalConfig, MlpBackend, SlotMode
+from trainer.config import MICRO_BATCHES, EvalConfig, MlpBackend, PassesBackend, SlotMode
 from trainer.gptq import round_to_nearest, row_scales
 from trainer.loader import Loader
 from trainer.model import GPT
@@ -188,8 +188,11 @@ def scoring(scale: Scale, mode: SlotMode) -> Case:
 
 
 def straight_scoring(scale: Scale) -> Case:
-    """The same windows as published: every layer and the head for all positions, then a pick."""
-    model, config, stream_N, windows = _sliding(scale)
+    """The same windows as published: every layer and the head for all positions, then a pick.
+
+    Plain PyTorch between the products, as the published code has it; the MLP is the fused one.
+    """
+    model, config, stream_N, windows = _sliding(scale, passes="reference")
     inputs_BT = torch.stack([torch.from_numpy(stream_N[w.first :][: w.length]) for w in windows])
     targets_BT = torch.stack(
         [torch.from_numpy(stream_N[w.first + 1 :][: w.length]) for w in windows]
@@ -209,9 +212,11 @@ def straight_scoring(scale: Scale) -> Case:
     return _on_device(scale, run, 20)
 
 
-def _sliding(scale: Scale) -> tuple[GPT, EvalConfig, np.ndarray, list[Window]]:
+def _sliding(
+    scale: Scale, passes: PassesBackend | None = None
+) -> tuple[GPT, EvalConfig, np.ndarray, list[Window]]:
     """Model, settings, random tokens, and one batch of windows that score a stride each."""
-    model = scale.model(scale.config.mlp).requires_grad_(False)
+    model = scale.model(scale.config.mlp, passes=passes).requires_grad_(False)
     config = scale.config.eval
     if not scale.cuda:
         config = replace(config, batch_windows=8)

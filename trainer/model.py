@@ -37,6 +37,8 @@ class KVCache:
     last_ids_B1: Tensor
     last_x_B1D: Tensor
     """Normalised embedding of the last token, before SmearGate."""
+    span: int
+    """Slots that attention reads, from the first; the tokens of a step must lie within."""
 
     def reset(self) -> None:
         """Forget everything, in place."""
@@ -197,6 +199,7 @@ class GPT(nn.Module):
             position=torch.zeros((), dtype=torch.int64, device=device),
             last_ids_B1=torch.zeros(batch, 1, dtype=torch.int64, device=device),
             last_x_B1D=torch.zeros(batch, 1, c.width, dtype=self.compute_dtype, device=device),
+            span=length,
         )
 
     def hidden(
@@ -206,6 +209,7 @@ class GPT(nn.Module):
         cache: KVCache | None = None,
         observe: Observer | None = None,
         last: int | None = None,
+        weights: CastWeights | None = None,
     ) -> Tensor:
         """Last hidden state after the final RMSNorm, [B, T, D] in the compute dtype.
 
@@ -215,10 +219,11 @@ class GPT(nn.Module):
             observe: called with every input of a quantized matrix.
             last: only the states of this many last positions are wanted, [B, last, D]; the last
                 layer is spared the rest. Not together with `cache`.
+            weights: `cast_weights`' result, when weights that stay as they are serve many calls.
         """
         if cache is not None and last is not None:
             raise ValueError("`last` picks positions of a whole window: leave out `cache`")
-        weights = self._cast_weights()
+        weights = weights or self.cast_weights()
         positions_T = torch.arange(ids_BT.shape[1], device=ids_BT.device)
         if cache is not None:
             positions_T = positions_T + cache.position
@@ -247,7 +252,7 @@ class GPT(nn.Module):
         logits = self.logits(self.hidden(ids_BT))
         return F.cross_entropy(logits.flatten(0, 1), targets_BT.flatten())
 
-    def _cast_weights(self) -> CastWeights:
+    def cast_weights(self) -> CastWeights:
         """Banks and small projections in the compute dtype, rounded to int6 in late QAT."""
         banks = [self.qo_bank, self.kv_bank, self.mlp_up_bank, self.mlp_down_bank]
         linears = [self.bigram.proj.weight, self.ve_shared.proj.weight]
@@ -417,8 +422,8 @@ class GPT(nn.Module):
         k = reference.key_heads(k, *rotary)
         keys, values = k, v
         if cache is not None:
-            keys, values = cache.k_LBTGK[i], cache.v_LBTGK[i]
-            keys.index_copy_(1, positions_T, k)
-            values.index_copy_(1, positions_T, v)
+            cache.k_LBTGK[i].index_copy_(1, positions_T, k)
+            cache.v_LBTGK[i].index_copy_(1, positions_T, v)
+            keys, values = (kv[i][:, : cache.span] for kv in (cache.k_LBTGK, cache.v_LBTGK))
         y = layers.cached_attention(q, keys, values, positions_T[tail])
         return reference.exclude_self(y, v[:, tail])

@@ -11,11 +11,16 @@ from torch import Tensor
 from trainer.model import GPT, KVCache
 from trainer.progress import Advance
 
+SPAN = 256
+"""Slots of the cache that attention reads come in multiples of this: a step in the first part of a
+text does not wait for the empty rest."""
+
 
 class Sampler:
     """Static buffers of one generation; a step reads and writes only these.
 
-    On CUDA one step is captured when the sampler is made, and replayed from then on.
+    The weights are cast once, when the sampler is made. On CUDA a step is captured then too, one
+    graph for every span of the cache, and replayed from then on.
 
     Args:
         model: on its device.
@@ -41,8 +46,10 @@ class Sampler:
         self.ids_BT = torch.zeros(sequences, length, dtype=torch.int64, device=device)
         self.uniform_TB = torch.zeros(length, sequences, device=device)
         with torch.no_grad():
-            graphed = device.type == "cuda" and length > 1
-            self._step = self._captured() if graphed else self._draw
+            self.weights = model.cast_weights()
+            self._graphs: dict[int, Callable[[], None]] = {}
+            if device.type == "cuda" and length > 1:
+                self._graphs = {span: self._captured(span) for span in self._spans(length)}
 
     @torch.no_grad()
     def extend(self, prompt_BP: Tensor, uniform_NB: Tensor, advance: Advance) -> Tensor:
@@ -59,18 +66,34 @@ class Sampler:
         self.ids_BT[:, :P] = prompt_BP
         self.uniform_TB[P : P + N] = uniform_NB
         if P > 1:
-            self.model.hidden(self.ids_BT[:, : P - 1], cache=self.cache)
-        for _ in range(N):
-            self._step()
+            self.cache.span = self._span(P - 1)
+            self.model.hidden(self.ids_BT[:, : P - 1], cache=self.cache, weights=self.weights)
+        for drawn in range(N):
+            self._step(self._span(P + drawn))
             advance()
         return self.ids_BT[:, : P + N].clone()
+
+    def _span(self, tokens: int) -> int:
+        """Slots to read so that `tokens` fit."""
+        return min(self.ids_BT.shape[1], -(-tokens // SPAN) * SPAN)
+
+    def _spans(self, length: int) -> list[int]:
+        """Every span a text of `length` tokens needs, the longest first."""
+        return sorted({self._span(tokens) for tokens in range(1, length)}, reverse=True)
+
+    def _step(self, span: int) -> None:
+        if self._graphs:
+            self._graphs[span]()
+            return
+        self.cache.span = span
+        self._draw()
 
     def _draw(self) -> None:
         """Draw the next token of every sequence by inverting the cumulative distribution."""
         at = self.cache.position.view(1)
         previous = self.ids_BT.index_select(1, at)
         target = at + 1  # before the forward pass moves the position on
-        hidden = self.model.hidden(previous, cache=self.cache)
+        hidden = self.model.hidden(previous, cache=self.cache, weights=self.weights)
         logits = self.model.logits(hidden[:, -1]) / self.temperature
         shares = logits.softmax(-1)
         if self.top_p < 1:
@@ -81,8 +104,9 @@ class Sampler:
         last = self.model.config.vocab_size - 1
         self.ids_BT.index_copy_(1, target, drawn.clamp_max(last))
 
-    def _captured(self) -> Callable[[], None]:
+    def _captured(self, span: int) -> Callable[[], None]:
         """The step as a CUDA graph, after a warm-up that `extend` leaves no trace of."""
+        self.cache.span = span
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
@@ -106,4 +130,4 @@ def nucleus(shares_BV: Tensor, top_p: float) -> Tensor:
     ordered = shares_BV.sort(dim=-1, descending=True).values
     before = ordered.cumsum(-1) - ordered
     least = ordered.masked_fill(before >= top_p, torch.inf).amin(-1, keepdim=True)
-    return torch.where(shares_BV >= least, shares_BV, 0.0)
+    return shares_BV.masked_fill(shares_BV < least, 0.0)

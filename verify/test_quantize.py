@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from trainer import allocate, artifact, calibrate, estimate
+from trainer import allocate, artifact, calibrate, estimate, sampling
 from trainer.allocate import Sizer, most_that_fits
 from trainer.config import QuantConfig
 from trainer.errors import ArtifactError, RunError
@@ -412,8 +412,12 @@ def test_large_tables_are_int8_and_small_tensors_float16() -> None:
 # Calibration.
 
 
-def test_generated_text_equals_sampling_without_a_cache() -> None:
-    """Calibration text equals sampling with a full forward per token, from the same numbers."""
+@pytest.mark.parametrize("span", [3, 256])
+def test_generated_text_equals_sampling_without_a_cache(
+    span: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Calibration text equals sampling with a full forward per token, however the cache is cut."""
+    monkeypatch.setattr(sampling, "SPAN", span)
     model = random_model(TINY)
     ids = calibrate.generate(model, 3, 10, 0.8, seed=5)
     generator = torch.Generator().manual_seed(5)

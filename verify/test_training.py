@@ -86,11 +86,11 @@ def test_training_repeats_to_the_bit() -> None:
 def test_late_qat_touches_what_it_names() -> None:
     """Late QAT `banks` rounds banks and projections, `linears` projections alone, `off` nothing."""
     model = numpy_model(TINY, 5)
-    plain = model._cast_weights()
+    plain = model.cast_weights()
     rounded = {}
     for mode in ("off", "linears", "banks"):
         model.late_qat = mode
-        cast = model._cast_weights()
+        cast = model.cast_weights()
         rounded[mode] = {
             name: not torch.equal(value, getattr(plain, name)) for name, value in vars(cast).items()
         }

@@ -1,0 +1,138 @@
+"""Do two paths train the same model? Their loss curves, from one seed, on the same batches.
+
+    python -m bench.loss_curves --data DIR --out FILE.json
+    python -m bench.loss_curves --steps 200 -- --train.sequences-per-step 96     (trainer overrides)
+
+The old path is plain PyTorch between the products, the new one the fused passes. How far losses
+may part is told by a third run: the old path with its windows permuted within every step, the
+same training but for the order of its sums (`bench/agreement.py`).
+"""
+
+import json
+import sys
+import tempfile
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+import tyro
+
+mpl.use("Agg")  # before pyplot: no display is needed
+
+from matplotlib import pyplot as plt
+
+from bench import launch
+from bench.agreement import LIMIT, Agreement, compare
+from bench.scaling_worker import Job
+from trainer import files
+from trainer.errors import FairwayError, RunError
+
+OLD, NEW, PERMUTED = "old path", "new path", "old path, permuted windows"
+RUNS: dict[str, tuple[tuple[str, ...], int | None]] = {
+    OLD: (("--passes", "reference"), None),
+    NEW: ((), None),
+    PERMUTED: (("--passes", "reference"), 1),
+}
+"""Overrides of every run, and the permutation of its windows."""
+TICK_S = 0.5
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """Options of `python -m bench.loss_curves`; trainer overrides come after `--`."""
+
+    steps: int = 200
+    """Steps of each run."""
+    data: Path | None = None
+    """Folder of shards and tokenizer; none: the embedded corpus."""
+    out: Path = Path("runs/loss_curves.json")
+    """JSON file for the result; a picture comes beside it."""
+    limit_s: float = 420.0
+    """Seconds after which the runs are given up."""
+
+
+def run_all(arguments: Arguments, trainer: list[str], folder: Path) -> dict[str, Any]:
+    """All runs side by side on one device; time does not matter here. Raises RunError."""
+    data = [] if arguments.data is None else [f"--data.dir={arguments.data}"]
+    processes, results = {}, {}
+    try:
+        for number, (name, (overrides, permutation)) in enumerate(RUNS.items()):
+            results[name] = folder / f"{number}.result.json"
+            options = [*launch.default_preset(), *trainer, *data, *overrides]
+            job = Job(options, arguments.steps, 1, permutation, str(results[name]))
+            files.write_json(folder / f"{number}.job.json", asdict(job))
+            command = launch.command(1, "bench.scaling_worker", str(folder / f"{number}.job.json"))
+            processes[name] = launch.start(command, folder / f"{number}.log", None)
+        started = time.monotonic()
+        while any(process.poll() is None for process in processes.values()):
+            time.sleep(TICK_S)
+            if time.monotonic() - started > arguments.limit_s:
+                raise RunError(f"not done in {arguments.limit_s:.0f} s")
+    finally:
+        for process in processes.values():
+            launch.stop(process)
+    for number, (name, process) in enumerate(processes.items()):
+        if process.returncode:
+            text = launch.tail(folder / f"{number}.log")
+            raise RunError(f"{name} ended with status {process.returncode}:\n{text}")
+    return {name: json.loads(path.read_text()) for name, path in results.items()}
+
+
+def picture(path: Path, curves: dict[str, list[float]]) -> None:
+    """Left: the curves. Right: how far the other runs part from the old path."""
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.5))
+    for name, losses in curves.items():
+        style = "--" if name == PERMUTED else "-"
+        left.plot(range(1, len(losses) + 1), losses, style, linewidth=1, label=name)
+        if name != OLD:
+            apart = [abs(a - b) for a, b in zip(curves[OLD], losses, strict=True)]
+            right.plot(range(1, len(apart) + 1), apart, style, linewidth=1, label=name)
+    left.set(xlabel="step", ylabel="loss, nats per token", title="Training loss")
+    right.set(xlabel="step", yscale="log", title="|loss - loss of the old path|, nats")
+    left.legend()
+    right.legend()
+    with files.atomic_path(path) as partial:
+        figure.savefig(partial, format="png", dpi=130, bbox_inches="tight")
+    plt.close(figure)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run, compare, draw; exit status 1 if the curves part further than the yardstick allows."""
+    argv = sys.argv[1:] if argv is None else argv
+    cut = argv.index("--") if "--" in argv else len(argv)
+    arguments = tyro.cli(Arguments, args=argv[:cut], description=__doc__)
+    try:
+        found = _main(arguments, argv[cut + 1 :])
+    except FairwayError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0 if found.holds else 1
+
+
+def _main(arguments: Arguments, trainer: list[str]) -> Agreement:
+    with tempfile.TemporaryDirectory() as name:
+        results = run_all(arguments, trainer, Path(name))
+    curves = {name: r["losses"] for name, r in results.items()}
+    found = compare(curves[OLD], [curves[PERMUTED]], curves[NEW])
+    document = {
+        "environment": results[OLD]["environment"],
+        "trainer": trainer,
+        "steps": arguments.steps,
+        "agreement": {**asdict(found), "limit": LIMIT},
+        "losses": curves,
+    }
+    files.write_json(arguments.out, document)
+    picture(arguments.out.with_suffix(".png"), curves)
+    print(
+        f"new path against old: {found.rms_nats:.2e} nats apart (root mean square of "
+        f"{arguments.steps} steps), permuted windows {found.yardstick_nats:.2e}; largest block of "
+        f"10 steps {found.worst:.2f} times the yardstick's, limit {LIMIT:.0f}\n"
+        f"last losses: " + ", ".join(f"{name} {c[-1]:.4f}" for name, c in curves.items())
+    )
+    return found
+
+
+if __name__ == "__main__":
+    sys.exit(main())
