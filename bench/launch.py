@@ -1,5 +1,6 @@
 """Processes that the multi-GPU benches start: one a rank, under torchrun."""
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -50,20 +51,27 @@ def start(
 
 
 def stop(process: "subprocess.Popen[bytes]") -> None:
-    """End a process that `start` started, and its children."""
-    if process.poll() is None:
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait(QUIET_END_S)
+    """End a process that `start` started, and its ranks, which are in other sessions."""
+    if process.poll() is not None:
+        return
+    for pid in [*_children(process), process.pid]:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(os.getpgid(pid), signal.SIGKILL)
+    process.wait(QUIET_END_S)
+
+
+def _children(process: "subprocess.Popen[bytes]") -> list[int]:
+    listed = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text()
+    return [int(pid) for pid in listed.split()]
 
 
 def rank_pid(process: "subprocess.Popen[bytes]", world_size: int, rank: int) -> int:
     """Process id of a rank. Raises RunError when it cannot be found."""
     if world_size == 1:
         return process.pid
-    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-    for pid in children:
+    for pid in _children(process):
         if f"LOCAL_RANK={rank}\0".encode() in Path(f"/proc/{pid}/environ").read_bytes():
-            return int(pid)
+            return pid
     raise RunError(f"torchrun (process {process.pid}) has no child that is rank {rank}")
 
 
