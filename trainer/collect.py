@@ -292,7 +292,7 @@ def _markdown(found: SeedSet, compared: list[Comparison]) -> str:
         f"{len(found.seeds)} seeds on {found.hardware}, commit {', '.join(found.commits)}. "
         f"Scored text: {found.text.name}, {found.text.tokens:,} tokens.",
         _table(found),
-        "## Against earlier results\n\n" + _comparison_table(found, compared),
+        "## Against earlier results\n\n" + comparison_table(found, compared),
         "## Legality",
         *(f"### Seed {s.seed}\n\n{markdown(list(s.findings))}" for s in found.seeds),
     ]
@@ -325,7 +325,8 @@ def _table(found: SeedSet) -> str:
     return "\n".join(_row(cells) for cells in (head, ["---"] * len(head), *rows))
 
 
-def _comparison_table(found: SeedSet, compared: list[Comparison]) -> str:
+def comparison_table(found: SeedSet, compared: list[Comparison]) -> str:
+    """Each comparison with its test and verdict, or why there is none, as Markdown."""
     head = ["this", "earlier", "nats", "earlier nats", "difference", "t", "df", "p, one-sided",
             f"{MARGIN_NATS} nats better at p < {ALPHA}"]  # fmt: skip
     rows = [_comparison_row(found, c) for c in compared]

@@ -3,7 +3,9 @@
 Real processes run the packed script in an empty folder.
 """
 
+import ast
 import dataclasses
+import importlib.util
 import json
 import os
 import runpy
@@ -15,13 +17,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import triton
 
 from kernels import build
 from trainer import codesize, corpus
 from trainer.__main__ import parse
 from trainer.config import SIZE_LIMIT_BYTES, ModelConfig
-from trainer.errors import ArtifactError, ConfigError, RunError
+from trainer.errors import ArtifactError, RunError
 from trainer.record import RECORD
+from trainer.statistics import PUBLISHED
 from trainer.submission import __main__ as command
 from trainer.submission import contents, pack
 from trainer.submission.arguments import arguments_for, shared_settings
@@ -89,7 +93,8 @@ def folder(script: bytes, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def submission(script: bytes, folder: Path) -> Submission:
-    return Submission(load_runs([folder / "runs" / "plain"]), "context", script, "A", "a", "Name")
+    runs, found = load_runs([folder / "runs" / "plain"])
+    return Submission(runs, found, "context", script, "A", "a", "Name")
 
 
 def _unpacked(folder: Path) -> Path:
@@ -189,6 +194,35 @@ def test_unpacked_kernels_keep_the_name_of_their_library(folder: Path) -> None:
     assert result.stdout.strip() == build.source_hash()
 
 
+def test_device_code_is_packed_unchanged(folder: Path) -> None:
+    """What Triton compiles of the packed modules is the repository's code, docstrings aside."""
+    kernels = [name for name in pack.modules() if name.endswith("_triton") or "persist" in name]
+    assert len(kernels) >= 4
+    seen = 0
+    for name in kernels:
+        path = _unpacked(folder) / f"{name.replace('.', '/')}.py"
+        spec = importlib.util.spec_from_file_location(f"packed_{path.stem}", path)
+        assert spec is not None
+        assert spec.loader is not None
+        packed = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(packed)
+        for function, original in vars(importlib.import_module(name)).items():
+            if isinstance(original, triton.JITFunction) and original.__module__ == name:
+                assert _device_code(getattr(packed, function)) == _device_code(original), function
+                seen += 1
+    assert seen >= 8
+
+
+def _device_code(function: Any) -> str:
+    """Syntax tree of a Triton function without its docstring."""
+    tree = ast.parse(function.src)
+    (definition,) = tree.body
+    assert isinstance(definition, ast.FunctionDef)
+    if ast.get_docstring(definition) is not None:
+        del definition.body[0]
+    return ast.dump(tree)
+
+
 def test_every_byte_survives_the_literal() -> None:
     """Every pair of bytes comes back from the source text in which it is written."""
     data = bytes(byte for first in range(256) for second in range(256) for byte in (first, second))
@@ -248,6 +282,9 @@ def test_folder_tells_what_the_run_measured(
     assert str(run.folder.path.parent) not in log
     text = (out / "README.md").read_text()
     assert f"{told['bytes_total']:,}" in text
+    for earlier in PUBLISHED:
+        assert (earlier.name in text) == earlier.causal, "causal is set against causal alone"
+    assert "not comparable" in text, "the embedded corpus is not the record's text"
     assert f"**{score['bpb']:.4f} bits per byte** (SLOT `context`, causal by probe" in text
     pins = dict(line.split("==") for line in (out / "requirements.txt").read_text().split())
     recorded = run.environment["packages"]
@@ -303,14 +340,14 @@ def _copied(folder: Path, tmp_path: Path, **settings: Any) -> Path:
 def test_runs_that_do_not_belong_together_are_refused(folder: Path, tmp_path: Path) -> None:
     """Two runs of one seed, or of different settings, make no submission; another seed does."""
     plain, copy = folder / "runs" / "plain", _copied(folder, tmp_path)
-    with pytest.raises(ConfigError, match="both have seed 1337"):
+    with pytest.raises(RunError, match="a seed occurs twice"):
         load_runs([plain, copy])
     shutil.rmtree(copy)
     copy = _copied(folder, tmp_path, seed=3, compute_dtype="bfloat16")
-    with pytest.raises(ConfigError, match="differ in compute_dtype"):
+    with pytest.raises(RunError, match="differ in their settings"):
         load_runs([plain, copy])
     shutil.rmtree(copy)
-    runs = load_runs([plain, _copied(folder, tmp_path, seed=3)])
+    runs, _ = load_runs([plain, _copied(folder, tmp_path, seed=3)])
     assert [run.seed for run in runs] == [3, 1337]
 
 
@@ -322,7 +359,7 @@ def test_unfinished_and_altered_runs_are_explained(
     (copy / "stages" / "slot_context.json").unlink()
     assert command.main(["--runs", str(copy), "--out", str(tmp_path / "out")]) == 2
     message = capsys.readouterr().err
-    assert "slot_context left to do" in message
+    assert "no result of stage slot_context" in message
     assert f"--resume {copy}" in message
     shutil.rmtree(copy)
     copy = _copied(folder, tmp_path)

@@ -53,13 +53,19 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _main(arguments: Arguments) -> None:
-    runs = load_runs(arguments.runs)
+    runs, found = load_runs(arguments.runs)
     mode = _headline_mode(runs, arguments.mode)
     if arguments.out.exists() and any(arguments.out.iterdir()):
         raise ConfigError(f"{arguments.out} holds files already: choose a new --out, or empty it")
     log("packing train_gpt.py")
     submission = Submission(
-        runs, mode, pack.packed_script(), arguments.author, arguments.github_id, arguments.name
+        runs,
+        found,
+        mode,
+        pack.packed_script(),
+        arguments.author,
+        arguments.github_id,
+        arguments.name,
     )
     write(submission, arguments.out)
     log(f"{arguments.out}: {submission.blurb}")

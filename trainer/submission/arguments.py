@@ -16,17 +16,13 @@ def shared_settings(config: RunConfig) -> dict[str, Any]:
     return {name: value for name, value in settings.items() if name not in OWN_SETTINGS}
 
 
-def differences(a: dict[str, Any], b: dict[str, Any]) -> list[str]:
-    """Names of the settings in which `a` and `b` differ, in the order of `a`."""
-    return [name for name in a if a[name] != b[name]]
-
-
 def arguments_for(config: RunConfig) -> list[str]:
     """Preset and overrides of `python -m trainer` that give these shared settings."""
     settings = shared_settings(config)
+    defaults = {preset: shared_settings(config) for preset, (_, config) in PRESETS.items()}
     apart = {
-        preset: differences(settings, shared_settings(default))
-        for preset, (_, default) in PRESETS.items()
+        preset: [name for name in settings if settings[name] != values[name]]
+        for preset, values in defaults.items()
     }
     preset = min(apart, key=lambda name: len(apart[name]))
     words = [preset]

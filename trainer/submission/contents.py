@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from importlib.metadata import packages_distributions, version
 from typing import Any
 
+from trainer.collect import SeedSet
 from trainer.config import SlotMode
 from trainer.submission import pack
 from trainer.submission.arguments import shared_settings
@@ -17,6 +18,8 @@ class Submission:
     """What is submitted, and who submits it."""
 
     runs: list[FinishedRun]
+    found: SeedSet
+    """The results of the runs as one set."""
     mode: SlotMode
     """SLOT mode of the headline score."""
     script: bytes
@@ -84,7 +87,7 @@ def submission_json(submission: Submission) -> dict[str, Any]:
         "causal": submission.causal,
         "seeds": [run.seed for run in runs],
         "seed_results": {str(run.seed): _seed_result(submission, run) for run in runs},
-        "hardware": hardware(runs),
+        "hardware": submission.found.hardware,
         "pytorch_version": runs[0].environment["packages"]["torch"],
     }
 
@@ -102,12 +105,6 @@ def _seed_result(submission: Submission, run: FinishedRun) -> dict[str, Any]:
         "artifact_sha256": run.stages["artifact"]["sha256"],
         "bytes_total": submission.bytes_total(run),
     }
-
-
-def hardware(runs: list[FinishedRun]) -> str:
-    """What the runs were made on."""
-    kinds = {f"{run.stages['train']['world_size']} x {run.environment['device']}" for run in runs}
-    return ", ".join(sorted(kinds))
 
 
 def log_text(run: FinishedRun) -> str:

@@ -35,7 +35,7 @@ HEADER = """# -*- coding: latin-1 -*-
 # It unpacks its minified sources into a hidden folder beside itself.
 """
 
-_KEEPS_NAMES = re.compile(r"^import triton|\bcustom_op\(", re.MULTILINE)
+_KEEPS_NAMES = re.compile(r"^(import|from) triton|\b(custom|triton)_op\(", re.MULTILINE)
 """Triton compiles what its functions say, and operator schemas come from annotations."""
 
 

@@ -6,10 +6,11 @@ from statistics import fmean, stdev
 from typing import Any
 
 from kernels.build import HEADER_PACKAGE
-from trainer import legality
+from trainer import collect, legality
 from trainer.config import SIZE_LIMIT_BYTES
+from trainer.statistics import PUBLISHED
 from trainer.submission.arguments import arguments_for
-from trainer.submission.contents import Submission, hardware
+from trainer.submission.contents import Submission
 from trainer.submission.runs import FinishedRun
 
 
@@ -19,10 +20,11 @@ def readme(submission: Submission) -> str:
         f"# {submission.name}",
         _headline(submission),
         "## Results\n\n" + _results(submission),
+        "## Against earlier results\n\n" + _comparisons(submission),
         *(_legality(submission, run) for run in submission.runs),
         "## Running it again\n\n" + _commands(submission),
         "## The script\n\n" + _script(submission),
-        "## Measured on\n\n" + _environment(submission.runs),
+        "## Measured on\n\n" + _environment(submission),
     ]  # fmt: skip
     return "\n\n".join(sections) + "\n"
 
@@ -72,6 +74,13 @@ def _results(submission: Submission) -> str:
         cells = [f"{value:,.{digits}f}" for value in values]
         lines.append("| " + " | ".join([label, *cells, _mean(values, digits)]) + " |")
     return "\n".join(lines)
+
+
+def _comparisons(submission: Submission) -> str:
+    """The headline score against the published results that are scored in a like manner."""
+    earlier = [result for result in PUBLISHED if result.causal == submission.causal]
+    compared = collect.comparisons(submission.found, [submission.mode], earlier)
+    return collect.comparison_table(submission.found, compared)
 
 
 def _stage(submission: Submission, stage: str, key: str) -> list[float]:
@@ -132,14 +141,15 @@ def _script(submission: Submission) -> str:
     )
 
 
-def _environment(runs: list[FinishedRun]) -> str:
+def _environment(submission: Submission) -> str:
+    runs = submission.runs
     first: dict[str, Any] = runs[0].environment
     packages = ", ".join(f"{name} {version}" for name, version in first["packages"].items())
-    commits = ", ".join(sorted({f"`{run.environment['commit']}`" for run in runs}))
+    commits = ", ".join(f"`{commit}`" for commit in submission.found.commits)
     data = runs[0].stages["data"]
     driver = f"driver {first['driver']}, CUDA {first['cuda']}, " if first["driver"] else ""
     return (
-        f"{hardware(runs)}; {first['cpu']}, {first['cores']} cores; {driver}"
+        f"{submission.found.hardware}; {first['cpu']}, {first['cores']} cores; {driver}"
         f"Python {first['python']}; {packages}. Code: {commits}. Text: "
         f"{data['name']}, {data['train_tokens']:,} training tokens, {data['val_tokens']:,} held "
         "out. All settings and machine facts are in the logs."

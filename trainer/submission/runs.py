@@ -6,17 +6,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import cached_property
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from trainer.collect import SeedSet, collect, unfinished
 from trainer.config import RunConfig, SlotMode
-from trainer.errors import ConfigError, RunError
+from trainer.errors import RunError
 from trainer.folder import RunFolder
 from trainer.legality import MODE_STAGES
-from trainer.submission.arguments import differences, shared_settings
-
-NEEDED_STAGES = ("data", "train", "post_ema", "artifact", "round_trip", "sliding", "causality")
 
 
 @dataclass(frozen=True)
@@ -64,40 +61,26 @@ class FinishedRun:
         return self.stages["causality"]["modes"][mode]["causal"]
 
 
-def load_runs(paths: Sequence[Path]) -> list[FinishedRun]:
-    """The runs in `paths`, by seed.
+def load_runs(paths: Sequence[Path]) -> tuple[list[FinishedRun], SeedSet]:
+    """The runs in `paths` by seed, and their results as one set.
 
     Raises:
-        RunError: one is no run folder, not finished, or has lost its artifact.
-        ConfigError: two have one seed, or settings that differ in more than the seed.
+        RunError: one is no run folder, not finished, or has lost its artifact; or two have one
+            seed, or differ in more than the seed.
     """
     runs = sorted((_load(path) for path in paths), key=lambda run: run.seed)
-    first = runs[0]
-    for before, run in pairwise(runs):
-        if run.seed == before.seed:
-            raise ConfigError(
-                f"{before.folder.path} and {run.folder.path} both have seed {run.seed}; "
-                "give one run of each seed"
-            )
-        different = differences(shared_settings(first.config), shared_settings(run.config))
-        if different:
-            raise ConfigError(
-                f"{first.folder.path} and {run.folder.path} differ in {', '.join(different)}; "
-                "the runs of a submission share every setting but the seed"
-            )
-    return runs
+    return runs, collect("this submission", [run.folder.path for run in runs])
 
 
 def _load(path: Path) -> FinishedRun:
     folder, config = RunFolder.open(path)
-    stages = {p.stem: json.loads(p.read_text()) for p in sorted((path / "stages").glob("*.json"))}
-    needed = [*NEEDED_STAGES, *(MODE_STAGES[mode] for mode in config.eval.slot_modes)]
-    missing = [name for name in needed if name not in stages]
-    if missing:
+    missing = unfinished(folder, config)
+    if missing is not None:
         raise RunError(
-            f"{path} is not finished: {', '.join(missing)} left to do. "
+            f"{path} is not finished: it has no result of stage {missing}. "
             f"Finish it with `python -m trainer --resume {path}`"
         )
+    stages = {p.stem: json.loads(p.read_text()) for p in sorted((path / "stages").glob("*.json"))}
     if not folder.artifact.is_file():
         raise RunError(f"{path} has no {folder.artifact.name} any more; bring it back")
     if hashlib.sha256(folder.artifact.read_bytes()).hexdigest() != stages["artifact"]["sha256"]:
