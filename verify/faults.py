@@ -1,6 +1,14 @@
 """Every fault the checks must notice, by area."""
 
-from verify import faults_eval, faults_model, faults_optim, faults_quant, faults_submission
+from verify import (
+    faults_bench,
+    faults_eval,
+    faults_model,
+    faults_optim,
+    faults_quant,
+    faults_submission,
+    faults_tools,
+)
 from verify.fault import Fault
 
 FAULTS: list[Fault] = [
@@ -9,4 +17,6 @@ FAULTS: list[Fault] = [
     *faults_quant.FAULTS,
     *faults_eval.FAULTS,
     *faults_submission.FAULTS,
+    *faults_bench.FAULTS,
+    *faults_tools.FAULTS,
 ]

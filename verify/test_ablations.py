@@ -28,7 +28,7 @@ from trainer.ablations import report as ablations_report
 from trainer.ablations.__main__ import Arguments, ablate, ema_decay, main
 from trainer.ablations.claims import CLAIMS, Claim, noise_bpb, verdict
 from trainer.ablations.execute import Common, Stopped, launcher
-from trainer.ablations.report import Ablations, markdown
+from trainer.ablations.report import Ablations, markdown, picture
 from trainer.ablations.rows import NO_LIMIT_BYTES, ROWS, RowName, Run, needed, runs, seed_runs
 from trainer.errors import ConfigError
 from trainer.folder import RunFolder
@@ -413,3 +413,17 @@ def test_the_report_says_what_is_missing() -> None:
     assert text.count("not done yet") == len(ROWS)
     assert text.count("not measured") == len(CLAIMS)
     assert "`--seeds 2`" in text
+
+
+def test_the_picture_shows_the_differences() -> None:
+    """Bars are as long as BPB minus the base's and MB, and noise lies behind trained rows alone."""
+    rows = [row for row in ROWS if row.name in ("int5", "qat-off", "lzma")]
+    results = {name: result(name, 1.2) for name in ("base", "int5", "qat-off")}
+    results["int5"]["stages"]["round_trip"] = score(1.252)
+    seeds = [results["base"], result("other seed", 1.21)]
+    figure = picture(Ablations("command", rows, results, seeds, {}))
+    scores, sizes = ([p.get_width() for p in axes.patches] for axes in figure.axes)  # pyright: ignore[reportAttributeAccessIssue]
+    noise = noise_bpb(seeds, "post_ema")
+    assert noise is not None
+    assert scores == pytest.approx([2 * noise, 0.05, 0.0])  # noise behind qat-off; int5; qat-off
+    assert sizes == pytest.approx([15.0, 15.0, 15.00001])  # base; int5; LZMA-9

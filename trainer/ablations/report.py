@@ -207,12 +207,12 @@ def _score_bars(axes: Axes, ablations: Ablations, rows: Sequence[Row]) -> None:
         ablations.results[row.run]["stages"][row.metric]["bpb"] - base[row.base_metric]["bpb"]
         for row in rows
     ]
+    legend = "bits per byte minus the base's: left is better"
     noise = noise_bpb(ablations.seeds, "post_ema")
     if noise is not None:
         trained = [i for i, row in enumerate(rows) if row.trains]
-        widths = [2 * noise] * len(trained)
-        axes.barh(trained, widths, 1, -noise, color=NOISE, label="noise of two trainings")
-        axes.legend(fontsize=8)
+        axes.barh(trained, [2 * noise] * len(trained), 1, -noise, color=NOISE)
+        legend += "; grey: noise of two trainings"
     colours = [BETTER if delta <= 0 else WORSE for delta in deltas]
     bars = axes.barh(range(len(rows)), deltas, color=colours)
     axes.bar_label(bars, [f"{delta:+.4f}" for delta in deltas], padding=3, fontsize=8)
@@ -220,7 +220,7 @@ def _score_bars(axes: Axes, ablations: Ablations, rows: Sequence[Row]) -> None:
     axes.invert_yaxis()
     axes.axvline(0, color="black", linewidth=0.8)
     axes.margins(x=0.2)
-    axes.set(xlabel="bits per byte minus the base's: left is better", title="Scores")
+    axes.set(xlabel=legend, title="Scores")
 
 
 def _size_bars(axes: Axes, ablations: Ablations, rows: Sequence[Row]) -> None:
@@ -229,12 +229,13 @@ def _size_bars(axes: Axes, ablations: Ablations, rows: Sequence[Row]) -> None:
     sizes = [_bytes(base), *(_bytes(ablations.results[row.run], row) for row in rows)]
     bars = axes.barh(range(len(sizes)), [size / 1e6 for size in sizes], color="C0")
     bars[0].set_color("C7")
-    axes.bar_label(bars, [f"{size / 1e6:.4g}" for size in sizes], padding=3, fontsize=8)
+    texts = [f"{size / 1e6:.4g}" for size in sizes]
+    axes.bar_label(bars, texts, label_type="center", color="white", fontsize=8)
     axes.set_yticks(range(len(names)), names)
     axes.invert_yaxis()
-    axes.margins(x=0.2)
+    legend = "MB"
     limit = SIZE_LIMIT_BYTES - base["stages"]["artifact"]["code_bytes"]
     if max(sizes) > limit / 3:  # a tiny model's bars would vanish beside it
-        axes.axvline(limit / 1e6, color=WORSE, label="16,000,000 bytes less the code")
-        axes.legend(fontsize=8)
-    axes.set(xlabel="MB", title="Artifacts")
+        axes.axvline(limit / 1e6, color=WORSE)
+        legend += "; red: 16,000,000 bytes less the code"
+    axes.set(xlabel=legend, title="Artifacts")
