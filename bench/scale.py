@@ -74,11 +74,16 @@ class Scale:
         return model.to(self.device)
 
 
-def current() -> Scale:
-    """The record's shapes on the GPU if there is one, else the smoke preset's on the CPU."""
-    if torch.cuda.is_available():
-        return Scale(RECORD, torch.device("cuda"))
-    return Scale(SMOKE, torch.device("cpu"))
+def current(passes: PassesBackend | None = None) -> Scale:
+    """The record's shapes on the GPU if there is one, else the smoke preset's on the CPU.
+
+    Args:
+        passes: implementation of what lies between the products, if not the preset's.
+    """
+    cuda = torch.cuda.is_available()
+    config = RECORD if cuda else SMOKE
+    chosen = replace(config, passes=passes or config.passes)
+    return Scale(chosen, torch.device("cuda" if cuda else "cpu"))
 
 
 def one_layer(config: ModelConfig) -> ModelConfig:

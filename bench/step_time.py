@@ -59,8 +59,8 @@ class Arguments:
     """Paths to time."""
     rounds: int = 50
     """Measured steps of each."""
-    starts: bool = True
-    """Measure the time to the first step too, in two processes a path."""
+    starts: tuple[str, ...] = tuple(PATHS)
+    """Paths whose time to the first step is measured too, in two processes each."""
 
 
 def scale_of(path: Choice) -> Scale:
@@ -130,11 +130,10 @@ def _synchronize() -> None:
 def measure(arguments: Arguments) -> dict[str, Any]:
     """All figures, JSON-able."""
     results: dict[str, Any] = {name: {} for name in arguments.paths}
-    if arguments.starts:
-        for name in arguments.paths:
-            with tempfile.TemporaryDirectory(prefix="fairway-start-") as folder:
-                results[name]["start, caches empty"] = start(name, Path(folder))
-                results[name]["start, caches full"] = start(name, Path(folder))
+    for name in arguments.starts:
+        with tempfile.TemporaryDirectory(prefix="fairway-start-") as folder:
+            results[name]["start, caches empty"] = start(name, Path(folder))
+            results[name]["start, caches full"] = start(name, Path(folder))
     made = {name: subjects(PATHS[name]) for name in arguments.paths}
     for kind in ("forward+backward", "with optimizer and EMA"):
         times = time_interleaved(
@@ -177,6 +176,7 @@ def main() -> int:
         return 0
     arguments = tyro.cli(Arguments, description=__doc__)
     unknown = sorted(set(arguments.paths) - PATHS.keys())
+    unknown += sorted(set(arguments.starts) - set(arguments.paths) - set(unknown))
     if unknown:
         print(f"error: no path {', '.join(unknown)}; choose of {', '.join(PATHS)}", file=sys.stderr)
         return 2

@@ -25,7 +25,8 @@ nsight: Any = installed_nsight
 def subject(request: dict[str, Any]) -> Callable[[], object]:
     """What is profiled, not yet warmed up."""
     if request["kind"] == "step":
-        return workload.training_step(current(), request["mlp"], request["compiled"]).step
+        scale = current(request["passes"])
+        return workload.training_step(scale, request["mlp"], request["compiled"]).step
     case = kernels.case(current(), request["name"], request["mlp"])
     return lambda: case.subject(0)
 
