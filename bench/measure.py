@@ -19,7 +19,8 @@ class Case:
         subject: takes the number of the round.
         reference: fixed work, timed right after the subject in every round.
         reference_name: changes whenever `reference` does.
-        clock: "cuda" for CUDA events, "cpu" for the host's clock.
+        clock: "cuda" for CUDA events, "cpu" for the host's clock, "thread" for the calling
+            thread's own time, if all the work is that thread's.
         details: figures to store beside the times, read after measuring.
         close: ends what the case started.
     """

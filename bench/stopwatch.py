@@ -2,8 +2,9 @@
 
 On a GPU, CUDA events bracket each call. Before it a buffer larger than the L2 cache is written, as
 often as the host needs to launch the whole call meanwhile: caches are cold, and launch overhead
-stays out of the figures. On a CPU the clock is read around each call. Subjects take turns within a
-round, so that drifting clocks and temperatures meet all of them alike.
+stays out of the figures. On a CPU the clock is read around each call: the wall clock, or for work
+of a single thread that thread's own, which stands still while a neighbour has the core. Subjects
+take turns within a round, so that drifting clocks and temperatures meet all of them alike.
 """
 
 import statistics
@@ -55,7 +56,7 @@ def time_interleaved(
         subjects: by name.
         rounds: measured rounds, at least two.
         warm_up_rounds: rounds before them that compile, allocate and warm the clocks.
-        device: "cuda" or "cpu".
+        device: "cuda", "cpu", or "thread" for the calling thread's own time on a CPU.
     """
     times = times_interleaved(subjects, rounds=rounds, warm_up_rounds=warm_up_rounds, device=device)
     return {name: Timing.of(times_ms) for name, times_ms in times.items()}
@@ -68,17 +69,21 @@ def times_interleaved(
     for number in range(warm_up_rounds):
         for subject in subjects.values():
             subject(number)
-    measure = _cuda_rounds if device == "cuda" else _cpu_rounds
-    return measure(subjects, rounds)
+    if device == "cuda":
+        return _cuda_rounds(subjects, rounds)
+    clock_s = time.thread_time if device == "thread" else time.perf_counter
+    return _cpu_rounds(subjects, rounds, clock_s)
 
 
-def _cpu_rounds(subjects: dict[str, Subject], rounds: int) -> dict[str, list[float]]:
+def _cpu_rounds(
+    subjects: dict[str, Subject], rounds: int, clock_s: Callable[[], float]
+) -> dict[str, list[float]]:
     times: dict[str, list[float]] = {name: [] for name in subjects}
     for number in range(rounds):
         for name, subject in subjects.items():
-            started = time.perf_counter()
+            started = clock_s()
             subject(number)
-            times[name].append(1000 * (time.perf_counter() - started))
+            times[name].append(1000 * (clock_s() - started))
     return times
 
 

@@ -7,6 +7,7 @@ import random
 import statistics
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -165,6 +166,21 @@ def test_subjects_take_turns() -> None:
     assert calls == [(n, i) for i in (0, 0, 1, 2) for n in "ab"]
     assert {name: len(t) for name, t in times.items()} == {"a": 3, "b": 3}
     assert all(t >= 0 for values in times.values() for t in values)
+
+
+def test_a_thread_is_timed_without_its_waits() -> None:
+    """The clock "thread" counts a thread's work and leaves out what it waits; "cpu" counts both."""
+
+    def work(i: int) -> None:
+        time.sleep(0.05)
+        sum(range(20_000))
+
+    times = {
+        clock: times_interleaved({"work": work}, rounds=2, warm_up_rounds=0, device=clock)["work"]
+        for clock in ("thread", "cpu")
+    }
+    assert all(0 < ms < 40 for ms in times["thread"])
+    assert all(ms >= 50 for ms in times["cpu"])
 
 
 def test_slowed_case_does_the_stated_work() -> None:
