@@ -223,5 +223,6 @@ def merged(old: dict[str, Any] | None, run: dict[str, Any], *, extend: bool) -> 
             processes = before["processes"] + processes
         entry = {"reference": measured["reference"], "processes": processes}
         margin = round(_baseline(entry).margin, 4)
-        subjects[name] = {**entry, "margin": margin, **figures}
+        commit = run["environment"].get("commit")
+        subjects[name] = {**entry, "margin": margin, **figures, "commit": commit}
     return {**run, "subjects": dict(sorted(subjects.items()))}

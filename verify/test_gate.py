@@ -217,6 +217,7 @@ def test_baselines_round_trip_and_merge(tmp_path: Path) -> None:
     assert replaced["subjects"]["a"]["processes"] == [[1.2]]
     assert replaced["subjects"]["b"] == first["subjects"]["b"]
     assert replaced["environment"]["commit"] == "def"
+    assert [replaced["subjects"][name]["commit"] for name in "ab"] == ["def", "abc"]
     extended = merged(first, new, extend=True)["subjects"]["a"]
     assert extended["processes"] == [[1.0, 1.1], [1.2]]
     assert extended["margin"] == round(Baseline(REFERENCE, ((1.0, 1.1), (1.2,))).margin, 4)
