@@ -211,4 +211,4 @@ def clip(scale: Scale) -> Case:
 def ema(scale: Scale) -> Case:
     """One update of the exponential moving average of all weights."""
     averages = Averages(scale.model(), scale.config.train)
-    return _case(scale, lambda i: averages.update_ema())
+    return _case(scale, lambda i: averages.update_ema(scale.config.train.ema_decay))

@@ -91,7 +91,7 @@ def training_step(scale: Scale, backend: MlpBackend) -> Case:
         loss(x_BT, y_BT).backward()
         optimizer.step(0.0, 0.95)
         optimizer.zero_grad()
-        averages.update_ema()
+        averages.update_ema(scale.config.train.ema_decay)
 
     def details() -> dict[str, Any]:
         return {"data_stall_ms_per_step": round(1000 * source.stall_s / max(1, steps), 4)}

@@ -88,7 +88,7 @@ def subjects(path: Choice) -> dict[str, Callable[[int], object]]:
     def whole(number: int) -> None:
         forward_backward(number)
         optimizer.step(0.0, 0.95)
-        averages.update_ema()
+        averages.update_ema(scale.config.train.ema_decay)
 
     return {"forward+backward": forward_backward, "with optimizer and EMA": whole}
 

@@ -61,6 +61,6 @@ def training_step(scale: Scale, mlp: MlpBackend, compiled: bool) -> Workload:
             optimizer.step(0.01, 0.95)
             optimizer.zero_grad()
         with phase("average"):
-            averages.update_ema()
+            averages.update_ema(scale.config.train.ema_decay)
 
     return Workload(step, loader.close)

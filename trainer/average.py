@@ -27,10 +27,10 @@ class Averages:
     def _weights(self) -> list[Tensor]:
         return [p.detach() for p in self.parameters.values()]
 
-    def update_ema(self) -> None:
+    def update_ema(self, decay: float) -> None:
         """Take in the weights after a step."""
         if self.ema:
-            get_ema_multi_avg_fn(self.config.ema_decay)(self.ema, self._weights(), 0)
+            get_ema_multi_avg_fn(decay)(self.ema, self._weights(), 0)
 
     def take_snapshot(self) -> None:
         """Take the present weights into the SWA mean."""

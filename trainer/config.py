@@ -162,7 +162,8 @@ class TrainConfig:
     priming_steps: int = 20
     """Steps that compile everything before the clock starts; then undone."""
     ema_decay: float = 0.997
-    """Decay per step of the exponential moving average of weights."""
+    """Decay per step, of 6,819, of the exponential moving average of weights; a shorter run forgets
+    faster, over the same share of its steps."""
     swa_every: int = 50
     """Steps between snapshots of stochastic weight averaging, of 6,819; scaled down likewise."""
     swa_below: float = 0.2
@@ -249,7 +250,7 @@ class RunConfig:
     attention: AttentionBackend = "cudnn"
     """Attention implementation: cuDNN's, or torch's own choice."""
     passes: PassesBackend = "triton"
-    """What lies between the products (sums, norms, rotary, XSA): plain PyTorch, or fused kernels."""
+    """What lies between the products (sums, norms, rotary, XSA): plain PyTorch or fused kernels."""
     compile: bool = True
     """Use torch.compile with fullgraph."""
     model: ModelConfig = field(default_factory=ModelConfig)

@@ -40,7 +40,6 @@ SMOKE = RunConfig(
         max_steps=300,
         sequences_per_step=32,
         priming_steps=0,
-        ema_decay=0.98,
         checkpoint_every_s=20.0,
     ),
     quant=QuantConfig(int6_matrices=5),

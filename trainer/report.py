@@ -1,6 +1,7 @@
 """report.md and its plots: what people read of a run."""
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -217,6 +218,8 @@ def _scaled_table(train: dict[str, Any], config: RunConfig) -> str:
     every = max(1, round(config.train.swa_every * scale))
     own, put = RECORD.train.swa_every, config.train.swa_every
     lines.append(f"| SWA: between snapshots | {own} | {put} | {every} |")
+    own, put = (-1 / math.log(c.train.ema_decay) for c in (RECORD, config))
+    lines.append(f"| EMA: time constant | {own:,.0f} | {put:,.0f} | {put * scale:,.1f} |")
     return "\n".join(lines)
 
 

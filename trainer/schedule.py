@@ -52,6 +52,15 @@ class Schedule:
         start, end = self.optim.muon_momentum_start, self.optim.muon_momentum_end
         return start + (end - start) * share
 
+    @property
+    def ema_decay(self) -> float:
+        """Decay per step of EMA: it forgets over the same share of a run, however many its steps.
+
+        The record's 0.997 forgets over 333 of 6,819 steps; in 840 it would keep 8 % of the initial
+        weights.
+        """
+        return self.train.ema_decay ** (1 / self.step_scale)
+
     def take_snapshot(self, step: int, scale: float) -> bool:
         """Whether the weights after `step` steps join the stochastic weight average."""
         every = max(1, round(self.train.swa_every * self.step_scale))

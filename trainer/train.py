@@ -160,7 +160,7 @@ class _Training:
                 scale = schedule.lr_scale(at.step, at.elapsed_s)
                 self.model.late_qat = train.late_qat if schedule.qat_on(scale) else "off"
                 loss, norm = self._step(self.loader, scale, schedule.muon_momentum(at.step))
-                self.averages.update_ema()
+                self.averages.update_ema(schedule.ema_decay)
                 at.step += 1
                 if schedule.take_snapshot(at.step, scale):
                     self.averages.take_snapshot()

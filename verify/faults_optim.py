@@ -130,8 +130,8 @@ FAULTS = [
     Fault(
         "trainer/average.py",
         "EMA with the complementary decay",
-        "get_ema_multi_avg_fn(self.config.ema_decay)",
-        "get_ema_multi_avg_fn(1 - self.config.ema_decay)",
+        "get_ema_multi_avg_fn(decay)",
+        "get_ema_multi_avg_fn(1 - decay)",
         _OPTIM,
     ),
     Fault(

@@ -25,14 +25,14 @@ from trainer import checkpoint, codesize
 from trainer.__main__ import main as trainer_main
 from trainer.__main__ import parse
 from trainer.ablations import report as ablations_report
-from trainer.ablations.__main__ import Arguments, ablate, ema_decay, main
+from trainer.ablations.__main__ import Arguments, ablate, main
 from trainer.ablations.claims import CLAIMS, Claim, noise_bpb, verdict
 from trainer.ablations.execute import Common, Stopped, launcher
 from trainer.ablations.report import Ablations, markdown, picture
 from trainer.ablations.rows import NO_LIMIT_BYTES, ROWS, RowName, Run, needed, runs, seed_runs
 from trainer.errors import ConfigError
 from trainer.folder import RunFolder
-from trainer.record import RECORD, SMOKE
+from trainer.record import RECORD
 from verify.test_resume import ROOT, SETTINGS
 
 TINY = [s for s in SETTINGS[1:] if not s.startswith(("--train.max-steps", "--train.average"))]
@@ -179,15 +179,6 @@ def test_noise_is_in_rows_that_train_anew() -> None:
     shared = {name for name, run in EVERY.items() if run.source is not None} | {"ema-swa"}
     for row in ROWS:
         assert row.trains == (row.run not in shared), row.name
-
-
-def test_a_short_run_averages_the_same_share() -> None:
-    """EMA forgets over the same share of a shorter run; a longer run keeps the preset's decay."""
-    for preset, steps in ((RECORD, 6819), (SMOKE, 300)):
-        horizon = -1 / math.log(preset.train.ema_decay)
-        shorter = -1 / math.log(ema_decay(preset, steps // 3))
-        assert shorter == pytest.approx(horizon * (steps // 3) / steps)
-        assert ema_decay(preset, steps) == ema_decay(preset, 10 * steps) == preset.train.ema_decay
 
 
 # Sharing.

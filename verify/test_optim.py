@@ -270,6 +270,14 @@ def test_training_ends_at_the_first_limit() -> None:
 # Averages and QAT.
 
 
+@given(st.integers(1, 20_000))
+def test_ema_forgets_over_the_same_share_of_every_run(steps: int) -> None:
+    """EMA's time constant is the record's share of a shorter run, and never longer than its own."""
+    decay = Schedule(TrainConfig(), OptimConfig(), steps).ema_decay
+    constant = -1 / math.log(0.997) * min(1.0, steps / 6819)
+    check("time constant", abs(-1 / math.log(decay) / constant - 1), 1e-9)
+
+
 def _walk(model: GPT, averages: Averages, steps: int) -> list[list[torch.Tensor]]:
     """Random weights step by step; returns every step's weights."""
     history = [[p.detach().clone() for p in model.parameters()]]
@@ -279,7 +287,7 @@ def _walk(model: GPT, averages: Averages, steps: int) -> list[list[torch.Tensor]
             for p in model.parameters():
                 p.copy_(torch.randn(p.shape, generator=generator))
         history.append([p.detach().clone() for p in model.parameters()])
-        averages.update_ema()
+        averages.update_ema(0.9)
         if step % 2:
             averages.take_snapshot()
     return history
@@ -289,7 +297,7 @@ def _walk(model: GPT, averages: Averages, steps: int) -> list[list[torch.Tensor]
 def test_averages_equal_their_closed_forms(kind: str) -> None:
     """EMA equals the geometric sum, SWA the plain mean of snapshots, `both` their mean."""
     model = random_model(TINY)
-    averages = Averages(model, TrainConfig(average=kind, ema_decay=0.9))  # pyright: ignore[reportArgumentType]
+    averages = Averages(model, TrainConfig(average=kind))  # pyright: ignore[reportArgumentType]
     history = _walk(model, averages, 6)
     averages.apply()
     for i, p in enumerate(model.parameters()):
@@ -303,13 +311,13 @@ def test_averages_equal_their_closed_forms(kind: str) -> None:
 def test_averages_state_round_trip() -> None:
     """Averages loaded into a new object go on as if never interrupted."""
     model = random_model(TINY)
-    config = TrainConfig(average="both", ema_decay=0.9)
+    config = TrainConfig(average="both")
     first = Averages(model, config)
     _walk(model, first, 5)
     second = Averages(model, config)
     second.load_state_dict({k: v.clone() for k, v in first.state_dict().items()})
     for averages in (first, second):
-        averages.update_ema()
+        averages.update_ema(0.9)
         averages.take_snapshot()
     for key, value in first.state_dict().items():
         assert torch.equal(value, second.state_dict()[key])

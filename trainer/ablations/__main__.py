@@ -33,10 +33,9 @@ from trainer.ablations.rows import (
     runs,
     seed_runs,
 )
-from trainer.config import RECORD_STEPS, SIZE_LIMIT_BYTES, RunConfig
+from trainer.config import SIZE_LIMIT_BYTES
 from trainer.errors import ConfigError, FairwayError
 from trainer.progress import log
-from trainer.record import PRESETS
 
 ALL_ROWS: tuple[RowName, ...] = get_args(RowName)
 
@@ -91,7 +90,6 @@ def ablate(arguments: Arguments, overrides: list[str], argv: list[str], launch: 
         ConfigError: the folder holds ablations with other settings.
         Stopped: a signal came.
     """
-    decay = ema_decay(PRESETS[arguments.preset][1], arguments.steps)
     common = Common(
         out=arguments.out,
         preset=arguments.preset,
@@ -99,7 +97,6 @@ def ablate(arguments: Arguments, overrides: list[str], argv: list[str], launch: 
         overrides=(
             *("--train.max-steps", str(arguments.steps), "--train.max-seconds", "None"),
             *("--train.priming-steps", "0"),
-            *("--train.ema-decay", f"{decay:.6g}"),
             *("--quant.limit-bytes", str(NO_LIMIT_BYTES)),
             *("--eval.max-tokens", str(arguments.max_eval_tokens)),
             "--eval.slot-modes",
@@ -130,16 +127,6 @@ def ablate(arguments: Arguments, overrides: list[str], argv: list[str], launch: 
     for name, reason in failed.items():
         log(f"{name}: {reason}")
     return 1 if failed else 0
-
-
-def ema_decay(preset: RunConfig, steps: int) -> float:
-    """The preset's EMA decay for a run of `steps`: the same share of a shorter run is averaged.
-
-    0.997 forgets over 333 of the record's 6,819 steps; of 300 steps it would keep two fifths of
-    the initial weights.
-    """
-    preset_steps = preset.train.max_steps or RECORD_STEPS
-    return preset.train.ema_decay ** max(1.0, preset_steps / steps)
 
 
 def _remember(common: Common, limit_bytes: int) -> None:
