@@ -16,7 +16,7 @@ from trainer import allocate, artifact, budget, calibrate, codesize, estimate
 from trainer.allocate import WIDTHS, Knapsack
 from trainer.compress import quantize_run
 from trainer.config import QuantConfig, RunConfig
-from trainer.damage import damage, exchanged
+from trainer.damage import damage, exchanged, precise_logits
 from trainer.model import GPT
 from trainer.quantize import QuantizedMatrix, dequantize
 from verify.models import TINY, random_model
@@ -135,6 +135,16 @@ def test_rounding_of_activations_is_not_taken_for_damage() -> None:
     drawn = damage(model, ids_BT, {4: made().matrices[4]})
     for name, d in drawn.items():
         assert d[4] == pytest.approx(damages()[name][4], rel=0.35, abs=2e-4), name
+
+
+def test_the_head_does_not_round() -> None:
+    """Logits of a bfloat16 model are the float64 product of its hidden states and embedding."""
+    _, _, ids_BT = subject()
+    model = random_model(SMALL, dtype=torch.bfloat16)
+    raw = model.hidden(ids_BT).double() @ model.tok_emb.weight.double().T
+    cap = SMALL.logit_softcap
+    expected = cap * torch.tanh(raw / cap)
+    torch.testing.assert_close(precise_logits(model, ids_BT).double(), expected, atol=1e-4, rtol=0)
 
 
 # From settings to the artifact.
