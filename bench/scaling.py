@@ -238,19 +238,20 @@ def show(rows: list[dict[str, Any]], agreements: dict[int, Agreement], title: st
 
 def picture(results: dict[Run, dict[str, Any]], rows: list[dict[str, Any]], path: Path) -> None:
     """Left: tokens per second against the ideal. Right: how far losses part from one GPU's."""
-    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.5))
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.5), layout="constrained")
     worlds = [r["world_size"] for r in rows]
     speeds = [r["tokens_per_s"] for r in rows]
     left.plot(worlds, [w * speeds[0] for w in worlds], "--", color="grey", label="ideal")
     left.plot(worlds, speeds, "o-", label="measured")
     for r in rows:
         at = (r["world_size"], r["tokens_per_s"])
-        left.annotate(f"{r['efficiency']:.0%}", at, textcoords="offset points", xytext=(6, -12))
+        left.annotate(f"{r['efficiency']:.0%}", at, textcoords="offset points", xytext=(-18, -16))
     left.set(xlabel="GPUs", ylabel="tokens/s", xticks=worlds, ylim=(0, None))
     base = results[Run(1)]["losses"]
     for run, result in results.items():
         if run != Run(1):
-            apart = [abs(a - b) for a, b in zip(base, result["losses"], strict=True)]
+            pairs = zip(base, result["losses"], strict=True)
+            apart = [max(abs(a - b), 1e-7) for a, b in pairs]  # a logarithm has no place for 0
             style = "--" if run.permutation else "-"
             right.plot(range(1, len(base) + 1), apart, style, label=run.name)
     right.set(xlabel="step", ylabel="|loss - loss of one GPU|, nats", yscale="log")
