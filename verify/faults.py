@@ -1,6 +1,7 @@
 """Every fault the checks must notice, by area."""
 
 from verify import (
+    faults_analysis,
     faults_bench,
     faults_eval,
     faults_model,
@@ -19,4 +20,5 @@ FAULTS: list[Fault] = [
     *faults_submission.FAULTS,
     *faults_bench.FAULTS,
     *faults_tools.FAULTS,
+    *faults_analysis.FAULTS,
 ]

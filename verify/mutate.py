@@ -25,7 +25,7 @@ from trainer.progress import track
 from verify.faults import FAULTS, Fault
 
 ROOT = Path(__file__).resolve().parents[1]
-SOURCES = ("trainer", "kernels", "bench", "verify", "conftest.py", "pyproject.toml")
+SOURCES = ("trainer", "kernels", "bench", "profiles", "verify", "conftest.py", "pyproject.toml")
 
 
 @dataclass(frozen=True)

@@ -95,11 +95,14 @@ def _sensitivity(found: Findings) -> str:
             part = "MLP" if kind(name) in MLP_KINDS else "attention"
             for group in (kind(name), part, "all"):
                 expected[group] += damage[bits]
+        whole = groups["all"]
         rows = [
             (
                 group,
                 change,
-                f"{change.mean / groups['all'].mean:.0%}",
+                f"{change.mean / whole.mean:.0%}"
+                if whole.mean > 2 * whole.error
+                else "in the noise",
                 f"{expected[group]:+.5f}",
                 f"{expected[group] / expected['all']:.0%}",
             )
