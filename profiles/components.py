@@ -176,9 +176,9 @@ def _pass_elements(op: str, dims: tuple[tuple[int, ...], ...]) -> float:
     name = op.removeprefix("fairway::")
     has_skip = any(len(d) == 1 for d in dims)
     summed = len(activations) > 2
-    embeds = name == "split_heads" and any(4 * n == stream for n in sizes)
+    if name == "split_heads" and not any(4 * n == stream for n in sizes):
+        return 1.5 * stream  # without a value embedding the values, a fourth, stay where they are
     written = {
-        "split_heads": 1.0 if embeds else 0.75,  # else values stay where they are
         "mix_norm": 3.0 if summed else 2.0,
         "mix_norm_backward": 3.0 if has_skip else 2.0,
         "add_norm": 2.0,

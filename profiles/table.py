@@ -41,12 +41,9 @@ def _components(p: Profile) -> str:
     for c in p.components:
         rates = ["", "", "", ""]
         if c.flops:
-            rates = [
-                f"{c.tflops:.3g}",
-                f"{c.tflops / p.ceilings.tflops:.0%}",
-                f"{c.gbytes:.4g}",
-                f"{c.gbytes / p.ceilings.gbytes:.0%}",
-            ]
+            rates[:2] = f"{c.tflops:.3g}", f"{c.tflops / p.ceilings.tflops:.0%}"
+        if c.bytes:
+            rates[2:] = f"{c.gbytes:.4g}", f"{c.gbytes / p.ceilings.gbytes:.0%}"
         figures = [f"{c.ms:.3f}", f"{c.ms / p.step_ms:.1%}", f"{c.launches:.0f}", *rates]
         lines.append(f"| {c.name} | {' | '.join(figures)} |")
     total = p.busy_ms + p.gap_ms

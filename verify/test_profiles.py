@@ -167,7 +167,7 @@ def test_work_of_fused_passes_counts_every_tensor_once() -> None:
         ("mix_norm_backward", (x, x, x, x, x, d, mix), 5 + 3),
         ("add_norm", (x, x), 2 + 2),
         ("add_norm_backward", (x, x, x), 3 + 1),
-        ("split_heads", (qkv, (8,), *tables), 2 + 1.5),
+        ("split_heads", (qkv, (8,), *tables), 1.5 + 1.5),
         ("split_heads", (qkv, (48, 2048, 256), (8,), *tables), 2 + 0.5 + 2),
         ("split_heads_backward", (q, kv, kv, kv, qkv, (8,), *tables), 2.5 + 2 + 2),
         ("exclude_self", (q, kv), 1.5 + 1),
