@@ -2,7 +2,7 @@
 
 python -m trainer                       the record on a CUDA machine, else the smoke preset
 python -m trainer smoke --seed 7        a preset with overrides; `smoke --help` lists them all
-python -m trainer --resume runs/NAME    continue a stopped run
+python -m trainer --resume runs/NAME    continue a stopped run; --bits measured if it does not fit
 torchrun --nproc-per-node 8 -m trainer  the record on 8 GPUs
 """
 
@@ -14,7 +14,7 @@ import torch
 import tyro
 
 from trainer import ranks
-from trainer.config import RunConfig
+from trainer.config import BitScheme, RunConfig
 from trainer.errors import FairwayError
 from trainer.folder import RunFolder
 from trainer.progress import log
@@ -29,6 +29,8 @@ class Resume:
 
     resume: Path
     """Run folder."""
+    bits: BitScheme | None = None
+    """Allocate bits another way than the run was told to; only while it has no artifact yet."""
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -45,16 +47,24 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _main(arguments: list[str]) -> int:
+    resume: Resume | None = None
     if any(a == "--resume" or a.startswith("--resume=") for a in arguments):
-        folder, config = RunFolder.open(tyro.cli(Resume, args=arguments).resume)
-        preset = None
+        resume = tyro.cli(Resume, args=arguments)
+        preset = ""
+        folder, config = RunFolder.open(resume.resume)
+        if resume.bits is not None:
+            config = folder.with_bits(config, resume.bits)
     else:
         folder = None
         preset, config = parse(arguments)
     preflight(config)
     with ranks.setup(config.device) as group:
         if folder is None:
-            folder = _create(config, preset or "run", group)
+            folder = _create(config, preset, group)
+        elif resume is not None and resume.bits is not None:
+            if group.rank == 0:
+                folder.quantize_anew(config)
+            group.wait_for_all()
         log(f"run folder: {folder.path}")
         run(config, folder, group)
     return 0

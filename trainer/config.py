@@ -22,6 +22,7 @@ MlpBackend = Literal["reference", "triton", "cutlass"]
 AttentionBackend = Literal["sdpa", "cudnn"]
 PassesBackend = Literal["reference", "triton"]
 SlotMode = Literal["off", "context", "shared"]
+BitScheme = Literal["mixed", "int5", "int6", "budgeted", "measured"]
 
 
 @dataclass(frozen=True)
@@ -193,7 +194,7 @@ class QuantConfig:
     """Sampling temperature of calibration text."""
     damping: float = 0.01
     """Share of the mean diagonal added to the diagonal of each Hessian, once."""
-    bits: Literal["mixed", "int5", "int6", "budgeted", "measured"] = "mixed"
+    bits: BitScheme = "mixed"
     """mixed: the int6_matrices most sensitive in int6, the rest int5 (the record). budgeted: as
     many in int6 as fit. measured: int4 to int8 each, for the least damage, measured on the
     calibration text, that fits. int5, int6: all alike."""

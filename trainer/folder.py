@@ -15,13 +15,14 @@ import dataclasses
 import json
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import dacite
 
 from trainer import environment, files
-from trainer.config import RunConfig
+from trainer.config import BitScheme, RunConfig
 from trainer.errors import ConfigError, RunError
 from trainer.progress import is_main_process, log
 
@@ -80,6 +81,27 @@ class RunFolder:
         except (ValueError, dacite.DaciteError) as error:
             raise RunError(f"{settings} cannot be read as settings: {error}") from error
 
+    def with_bits(self, config: RunConfig, bits: BitScheme) -> RunConfig:
+        """`config` with bits allocated another way.
+
+        Raises:
+            ConfigError: the run has its artifact already.
+        """
+        if self.finished("artifact"):
+            raise ConfigError(
+                f"{self.path} has its artifact already: copy the folder, without artifact.json and "
+                "what came after it in stages/, to quantize the same weights another way"
+            )
+        return replace(config, quant=replace(config.quant, bits=bits))
+
+    def quantize_anew(self, config: RunConfig) -> None:
+        """Store `config` and forget what was quantized under other settings."""
+        self._record("quantize").unlink(missing_ok=True)
+        files.write_json(self.path / "config.json", _plain(dataclasses.asdict(config)))
+
+    def _record(self, stage: str) -> Path:
+        return self.path / "stages" / f"{stage}.json"
+
     def append_metric(self, **values: Any) -> None:
         """Add one line to metrics.jsonl."""
         if not is_main_process():
@@ -115,7 +137,7 @@ class RunFolder:
 
         Every rank runs `work`; rank 0 records its result with the duration in seconds.
         """
-        record = self.path / "stages" / f"{name}.json"
+        record = self._record(name)
         if record.exists():
             log(f"[{name}] already done")
             return json.loads(record.read_text())
@@ -129,7 +151,7 @@ class RunFolder:
 
     def finished(self, name: str) -> bool:
         """True when stage `name` has a recorded result."""
-        return (self.path / "stages" / f"{name}.json").exists()
+        return self._record(name).exists()
 
 
 def _plain(value: Any) -> Any:

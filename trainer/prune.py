@@ -137,8 +137,8 @@ def prune_to_fit(
     if kept < 0 and exact(0) > limit_bytes:
         raise ArtifactError(
             f"the artifact does not fit {limit_bytes:,} bytes even with all {whole:,} codes "
-            "of +-1 zeroed; use fewer bits (--quant.int6-matrices, --quant.bits int5) or a "
-            "smaller model"
+            "of +-1 zeroed. Go on with `python -m trainer --resume RUN --bits measured`, which "
+            "gives every matrix as many bits as fit, or train a smaller model"
         )
     kept = max(0, kept)
     return fitting[kept], whole - kept

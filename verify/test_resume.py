@@ -5,6 +5,7 @@ Real processes are really killed.
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -134,6 +135,28 @@ def test_a_single_lost_stage_is_redone_alone(uninterrupted: Path) -> None:
         k: v for k, v in after.items() if "second" not in k
     }
     assert train == (uninterrupted / "stages" / "train.json").stat().st_mtime_ns
+
+
+def test_bits_can_be_allocated_anew_until_there_is_an_artifact(
+    uninterrupted: Path, tmp_path: Path
+) -> None:
+    """A run that has no artifact yet goes on with other bits and the same weights."""
+    folder = tmp_path / "copy"
+    shutil.copytree(uninterrupted, folder)
+    refused = _start(["--resume", str(folder), "--bits", "int5"])
+    output, _ = refused.communicate(timeout=120)
+    assert refused.returncode == 2
+    assert "has its artifact already" in output
+    for stage in ("artifact", "round_trip", "sliding", "slot_context", "slot_shared", "causality"):
+        (folder / "stages" / f"{stage}.json").unlink(missing_ok=True)
+    train = (folder / "stages" / "train.json").read_text()
+    _finish(["--resume", str(folder), "--bits", "int5"])
+    assert train == (folder / "stages" / "train.json").read_text()
+    rows = json.loads((folder / "stages" / "quantize.json").read_text())["matrices"]
+    assert {row["bits"] for row in rows} == {5}
+    assert json.loads((folder / "config.json").read_text())["quant"]["bits"] == "int5"
+    sizes = [(f / "artifact.fwy").stat().st_size for f in (folder, uninterrupted)]
+    assert sizes[0] < sizes[1]
 
 
 def test_same_seed_same_artifact(uninterrupted: Path, tmp_path: Path) -> None:
