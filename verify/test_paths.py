@@ -1,0 +1,63 @@
+"""Claims about benches that compare paths: verdicts follow figures, bad choices are named."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from bench import loss_curves, passes, step_time
+from bench.loss_curves import NEW, OLD, PERMUTED
+
+
+def _results(new_offset: float) -> dict[str, Any]:
+    """Losses of 30 steps: the permuted run differs by 1e-3, the new path by `new_offset`."""
+    base = [7.0 - 0.1 * step for step in range(30)]
+    shifted = {OLD: 0.0, PERMUTED: 1e-3, NEW: new_offset}
+    return {
+        name: {"losses": [loss + by for loss in base], "environment": {}}
+        for name, by in shifted.items()
+    }
+
+
+@pytest.mark.parametrize(("offset", "status"), [(1e-3, 0), (5e-3, 0), (0.1, 1)])
+def test_curves_agree_within_the_yardstick(
+    offset: float,
+    status: int,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """The new path passes as far as permuted windows explain its difference, and fails beyond."""
+    monkeypatch.setattr(loss_curves, "run_all", lambda *_: _results(offset))
+    out = tmp_path / "curves.json"
+    assert loss_curves.main(["--out", str(out), "--", "--train.sequences-per-step", "8"]) == status
+    stored = json.loads(out.read_text())
+    assert stored["agreement"]["rms_nats"] == pytest.approx(offset)
+    assert stored["trainer"] == ["--train.sequences-per-step", "8"]
+    assert out.with_suffix(".png").stat().st_size > 10_000
+    assert f"{offset / 1e-3:.2f} times" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("option", ["--paths", "--starts"])
+def test_an_unknown_path_is_named(
+    option: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A path that does not exist ends the step-time bench with the list of those that do."""
+    out = tmp_path / "out.json"
+    monkeypatch.setattr("sys.argv", ["step_time", "--out", str(out), option, "fast"])
+    assert step_time.main() == 2
+    message = capsys.readouterr().err
+    assert "no path fast" in message
+    assert "fused MLP and passes" in message
+    assert not out.exists()
+
+
+def test_passes_are_timed_on_a_gpu_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Without a GPU the bench of the fused passes says so instead of timing an interpreter."""
+    monkeypatch.setattr(passes.torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr("sys.argv", ["passes", "--out", str(tmp_path / "out.json")])
+    assert passes.main() == 2
+    assert "needs a CUDA GPU" in capsys.readouterr().err
