@@ -13,20 +13,28 @@ import torch
 from torch import Tensor
 
 from kernels import reference
+from kernels.checks import check_power_of_two
 
 BACKENDS = ("reference", "triton")
 
 
-def require_passes(name: str, device: str) -> None:
+def require_passes(name: str, device: str, **sizes: int) -> None:
     """Check that `name` can run on `device` ("cpu" or "cuda") before any work is done.
 
+    Args:
+        name: the backend.
+        device: where it is to run.
+        sizes: of the model, such as width=512: those that the fused passes are compiled for.
+
     Raises:
-        ValueError: unknown backend, or one that needs a GPU on a CPU.
+        ValueError: unknown backend, one that needs a GPU on a CPU, or sizes it cannot take.
     """
     if name not in BACKENDS:
         raise ValueError(f"unknown backend {name!r}; choose one of {', '.join(BACKENDS)}")
     if name == "triton" and device != "cuda":
         raise ValueError("backend 'triton' needs a CUDA device; on a CPU choose 'reference'")
+    if name == "triton":
+        check_power_of_two(**sizes)
 
 
 def mix_norm(

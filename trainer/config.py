@@ -22,6 +22,8 @@ MlpBackend = Literal["reference", "triton", "cutlass"]
 AttentionBackend = Literal["sdpa", "cudnn"]
 PassesBackend = Literal["reference", "triton"]
 SlotMode = Literal["off", "context", "shared"]
+"""off: plain scoring."""
+SlotVariant = Literal["context", "shared"]
 BitScheme = Literal["mixed", "int5", "int6", "budgeted", "measured"]
 
 
@@ -209,6 +211,13 @@ class QuantConfig:
     limit_bytes: int = SIZE_LIMIT_BYTES
     """Limit on artifact plus code in bytes; above it, +-1 codes are pruned."""
 
+    def __post_init__(self) -> None:
+        if self.calibration_sequences < 1 or self.calibration_temperature <= 0:
+            raise ConfigError(
+                f"quant.calibration_sequences {self.calibration_sequences} must be at least 1, and "
+                f"calibration_temperature {self.calibration_temperature} above 0"
+            )
+
 
 @dataclass(frozen=True)
 class EvalConfig:
@@ -220,8 +229,8 @@ class EvalConfig:
     """Windows in one evaluation batch."""
     max_tokens: int | None = None
     """Score only the first tokens of the validation split."""
-    slot_modes: tuple[SlotMode, ...] = ("context", "shared")
-    """SLOT variants to report beside plain scoring. `shared` is not causal."""
+    slot_modes: tuple[SlotVariant, ...] = ("context", "shared")
+    """SLOT variants to report beside plain scoring; may be none. `shared` is not causal."""
     slot_lr: float = 0.003
     """AdamW learning rate of SLOT's offset."""
     slot_steps: int = 5
@@ -230,6 +239,11 @@ class EvalConfig:
     """AdamW weight decay of SLOT's offset."""
     slot_eps: float = 1e-5
     """AdamW epsilon of SLOT's offset."""
+
+    def __post_init__(self) -> None:
+        for name, value in (("batch_windows", self.batch_windows), ("max_tokens", self.max_tokens)):
+            if value is not None and value < 1:
+                raise ConfigError(f"eval.{name} {value} must be at least 1")
 
 
 @dataclass(frozen=True)

@@ -1,14 +1,17 @@
 """The run folder: settings, environment, metrics, checkpoint, stage results.
 
-config.json            settings of the run
-environment.json       versions, device, commit, command
-metrics.jsonl          one JSON object a line: training losses and stage results
-checkpoint.safetensors newest training state; gone once training is done
-model.safetensors      averaged weights after training
-averages.safetensors   EMA and SWA apart, where both were kept
-stages/NAME.json       result and duration of a finished stage
-artifact.fwy           the compressed, quantized model
-report.md, plots/      what people read
+config.json             settings of the run
+environment.json        versions, device, commit, command
+metrics.jsonl           one JSON object a line: training losses
+checkpoint.safetensors  newest training state; of no use once training is done
+model.safetensors       averaged weights after training
+averages.safetensors    EMA and SWA apart, where both were kept
+calibration.safetensors text that the model wrote
+hessians.safetensors    a Hessian of every matrix on that text
+quantized.fwy           the quantized model, before pruning
+stages/NAME.json        result and duration of a finished stage
+artifact.fwy            the compressed, quantized model
+report.md, plots/       what people read
 """
 
 import dataclasses
@@ -75,10 +78,11 @@ class RunFolder:
         if not settings.exists():
             raise RunError(f"{path} is not a run folder: it has no config.json")
         try:
-            values = json.loads(settings.read_text())
+            # Runs from before there was a choice of passes had plain ones.
+            values = {"passes": "reference", **json.loads(settings.read_text())}
             strict = dacite.Config(strict=True, cast=[Path, tuple])
             return cls(path), dacite.from_dict(RunConfig, values, strict)
-        except (ValueError, dacite.DaciteError) as error:
+        except (TypeError, ValueError, dacite.DaciteError) as error:
             raise RunError(f"{settings} cannot be read as settings: {error}") from error
 
     def with_bits(self, config: RunConfig, bits: BitScheme) -> RunConfig:

@@ -12,7 +12,7 @@ from trainer.compress import quantize_run, write_artifact
 from trainer.config import RunConfig, SlotMode
 from trainer.errors import ConfigError
 from trainer.folder import RunFolder
-from trainer.legality import ValidationGate, probe_modes
+from trainer.legality import MODE_STAGES, ValidationGate, probe_modes
 from trainer.model import GPT
 from trainer.progress import is_main_process, log
 from trainer.ranks import Ranks
@@ -41,12 +41,25 @@ def preflight(config: RunConfig) -> None:
         raise ConfigError(
             f"train.sequences-per-step {config.train.sequences_per_step} must be a multiple of 8"
         )
+    if not 1 <= config.eval.stride <= config.model.seq_len:
+        raise ConfigError(
+            f"eval.stride {config.eval.stride} must lie in 1..{config.model.seq_len} "
+            "(model.seq-len)"
+        )
     try:
         require_backend(config.mlp, config.device)
     except (RuntimeError, ValueError) as error:
         raise ConfigError(f"--mlp {config.mlp} cannot run here: {error}") from error
     try:
-        require_passes(config.passes, config.device)
+        model = config.model
+        require_passes(
+            config.passes,
+            config.device,
+            width=model.width,
+            query_heads=model.query_heads,
+            kv_heads=model.kv_heads,
+            head_size=model.head_size,
+        )
     except ValueError as error:
         raise ConfigError(f"--passes {config.passes} cannot run here: {error}") from error
 
@@ -104,7 +117,7 @@ class _Run:
         stage("round_trip", self._full_window_score)
         stage("sliding", lambda: self._sliding_score("off"))
         for mode in self.config.eval.slot_modes:
-            stage(f"slot_{mode}", lambda mode=mode: self._sliding_score(mode))
+            stage(MODE_STAGES[mode], lambda mode=mode: self._sliding_score(mode))
         stage("causality", self._causality)
         if is_main_process():
             write_report(self.folder, self.config)

@@ -22,6 +22,20 @@ TINY = ModelConfig(
 )
 """Odd depth, stretched rotary base, two value-embedding layers: every branch of the model."""
 
+TINY_RUN = (
+    "--model.seq-len=32",
+    "--model.width=32",
+    "--model.layers=3",
+    "--model.query-heads=2",
+    "--model.kv-heads=1",
+    "--model.mlp-width=48",
+    "--model.bigram-dim=8",
+    "--model.value-embed-layers=2",
+    "--model.value-embed-dim=8",
+    "--eval.stride=8",
+)
+"""Overrides of the smoke preset: a run that trains in seconds."""
+
 
 def random_model(
     config: ModelConfig = TINY, seed: int = 0, dtype: torch.dtype = torch.float32

@@ -56,6 +56,16 @@ def test_settings_survive_the_run_folder(tmp_path: Path, preset: str) -> None:
     assert opened.path == folder.path
 
 
+def test_a_run_from_before_the_fused_passes_keeps_its_plain_ones(tmp_path: Path) -> None:
+    """Settings that do not name the passes are those of plain PyTorch, not the record's."""
+    folder = RunFolder.create(RunConfig(out=tmp_path, name="old"), "record")
+    path = folder.path / "config.json"
+    settings = json.loads(path.read_text())
+    assert settings.pop("passes") == "triton"
+    path.write_text(json.dumps(settings))
+    assert RunFolder.open(folder.path)[1].passes == "reference"
+
+
 def test_metrics_cut_short_by_a_crash_are_readable(tmp_path: Path) -> None:
     """A metrics line cut short by a crash is dropped; later steps are forgotten on resume."""
     folder = RunFolder(tmp_path)

@@ -222,6 +222,14 @@ def test_passes_that_cannot_run_are_refused(name: str, device: str) -> None:
         passes.require_passes(name, device)
 
 
+def test_sizes_that_fused_passes_cannot_take_are_refused() -> None:
+    """Before any work `triton` refuses a width that is no power of two; plain passes take it."""
+    passes.require_passes("triton", "cuda", width=512, kv_heads=4)
+    passes.require_passes("reference", "cuda", width=768)
+    with pytest.raises(ValueError, match="width 768"):
+        passes.require_passes("triton", "cuda", width=768, kv_heads=4)
+
+
 # On a GPU: bfloat16, the record's widths.
 
 

@@ -15,19 +15,13 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
+from verify.models import TINY_RUN
+
 ROOT = Path(__file__).resolve().parents[1]
 STEPS = 24
 SETTINGS = [
     "smoke",
-    "--model.seq-len=32",
-    "--model.width=32",
-    "--model.layers=3",
-    "--model.query-heads=2",
-    "--model.kv-heads=1",
-    "--model.mlp-width=48",
-    "--model.bigram-dim=8",
-    "--model.value-embed-layers=2",
-    "--model.value-embed-dim=8",
+    *TINY_RUN,
     "--train.sequences-per-step=8",
     f"--train.max-steps={STEPS}",
     "--train.checkpoint-every-steps=4",
@@ -37,7 +31,6 @@ SETTINGS = [
     "--quant.calibration-sequences=4",
     "--quant.int6-matrices=2",
     "--eval.max-tokens=400",
-    "--eval.stride=8",
 ]
 
 

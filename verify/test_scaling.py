@@ -16,19 +16,9 @@ from bench.rank_loss import Outcome
 from bench.scaling import Run
 from trainer.errors import RunError
 from trainer.record import SMOKE
+from verify.models import TINY_RUN
 
-TINY = [
-    "--model.seq-len=32",
-    "--model.width=32",
-    "--model.layers=3",
-    "--model.query-heads=2",
-    "--model.kv-heads=1",
-    "--model.mlp-width=48",
-    "--model.bigram-dim=8",
-    "--model.value-embed-layers=2",
-    "--model.value-embed-dim=8",
-    "--train.sequences-per-step=16",
-]
+TINY = [*TINY_RUN, "--train.sequences-per-step=16"]
 GRID = 40
 intervals = st.lists(
     st.tuples(st.integers(0, GRID), st.integers(0, GRID)).map(lambda p: (min(p), max(p))),

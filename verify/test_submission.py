@@ -32,20 +32,13 @@ from trainer.submission.arguments import arguments_for, shared_settings
 from trainer.submission.contents import Submission
 from trainer.submission.readme import readme
 from trainer.submission.runs import load_runs
+from verify.models import TINY_RUN
 
 ROOT = Path(__file__).resolve().parents[1]
 TARGET_BYTES = 60_000
 SETTINGS = [
     "smoke",
-    "--model.seq-len=32",
-    "--model.width=32",
-    "--model.layers=3",
-    "--model.query-heads=2",
-    "--model.kv-heads=1",
-    "--model.mlp-width=48",
-    "--model.bigram-dim=8",
-    "--model.value-embed-layers=2",
-    "--model.value-embed-dim=8",
+    *TINY_RUN,
     "--train.sequences-per-step=8",
     "--train.max-steps=8",
     "--train.log-every=1",
