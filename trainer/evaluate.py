@@ -103,13 +103,19 @@ def main(argv: list[str] | None = None) -> int:
 def _main(arguments: Arguments) -> None:
     if arguments.device == "cuda" and not torch.cuda.is_available():
         raise ConfigError("--device cuda: torch finds no CUDA GPU; use --device cpu")
+    if not arguments.slot:
+        raise ConfigError("--slot: name at least one mode")
+    config = EvalConfig(
+        stride=arguments.stride,
+        batch_windows=arguments.batch_windows,
+        max_tokens=arguments.max_tokens,
+    )
     device = torch.device(arguments.device)
     cuda = device.type == "cuda"
     started = time.perf_counter()
     model = load_artifact(arguments.artifact, device)
     load_s = time.perf_counter() - started
     tokens_N, sizes = stream_of(arguments, model)
-    config = EvalConfig(stride=arguments.stride, batch_windows=arguments.batch_windows)
     table = Table(title=str(arguments.artifact))
     for heading in ("SLOT", "causal (probed)", "nats/token", "bits/byte", "tokens", "seconds"):
         table.add_column(heading)

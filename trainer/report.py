@@ -13,7 +13,7 @@ import matplotlib.pyplot as plt
 from matplotlib.figure import Figure
 
 from trainer import files, legality
-from trainer.config import MICRO_BATCHES, RECORD_STEPS, SIZE_LIMIT_BYTES, RunConfig
+from trainer.config import MICRO_BATCHES, RECORD_STEPS, RunConfig
 from trainer.folder import RunFolder
 from trainer.record import RECORD
 
@@ -165,7 +165,7 @@ def _size_table(artifact: dict[str, Any]) -> str:
             f"| the same tensors with {artifact['baseline_compressor']}, unpruned "
             f"| {artifact['baseline_bytes']:,} | |",
             f"| code | {artifact['code_bytes']:,} | |",
-            f"| total, limit {SIZE_LIMIT_BYTES:,} ({fits}) | {total:,} | |",
+            f"| total, limit {artifact['limit_bytes']:,} ({fits}) | {total:,} | |",
             "",
             f"Artifact SHA-256 `{artifact['sha256']}`; {artifact['pruned']:,} codes pruned to fit.",
         ]
@@ -218,9 +218,16 @@ def _scaled_table(train: dict[str, Any], config: RunConfig) -> str:
     every = max(1, round(config.train.swa_every * scale))
     own, put = RECORD.train.swa_every, config.train.swa_every
     lines.append(f"| SWA: between snapshots | {own} | {put} | {every} |")
-    own, put = (-1 / math.log(c.train.ema_decay) for c in (RECORD, config))
+    own, put = (_time_constant(c.train.ema_decay) for c in (RECORD, config))
     lines.append(f"| EMA: time constant | {own:,.0f} | {put:,.0f} | {put * scale:,.1f} |")
     return "\n".join(lines)
+
+
+def _time_constant(decay: float) -> float:
+    """Steps over which an exponential average forgets all but 1/e."""
+    if decay <= 0:
+        return 0.0
+    return -1 / math.log(decay) if decay < 1 else math.inf
 
 
 def _time_table(stages: dict[str, dict[str, Any]]) -> str:

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,13 @@ from trainer.__main__ import main
 from trainer.config import EvalConfig
 from trainer.corpus import DataFolder
 from trainer.errors import RunError
+from trainer.folder import RunFolder
 from trainer.legality import CLOSED_STAGES, OPENINGS, ValidationGate, findings, run_findings
+from trainer.report import (
+    _scaled_table,  # pyright: ignore[reportPrivateUsage]
+    _size_table,  # pyright: ignore[reportPrivateUsage]
+    write_report,
+)
 from trainer.run import _Run  # pyright: ignore[reportPrivateUsage]
 from trainer.shards import TOKEN_DTYPE, read_shard, write_shard
 from verify.models import TINY, random_model
@@ -262,9 +269,6 @@ def test_the_report_states_legality_and_scaled_settings(finished: Path) -> None:
 
 def test_the_gpu_share_is_shown_when_it_was_measured(finished: Path) -> None:
     """A run that measured how busy its GPU was has it in its report."""
-    from trainer.folder import RunFolder
-    from trainer.report import write_report
-
     folder, config = RunFolder.open(finished)
     record = finished / "stages" / "train.json"
     kept = record.read_bytes()
@@ -272,6 +276,39 @@ def test_the_gpu_share_is_shown_when_it_was_measured(finished: Path) -> None:
     write_report(folder, config)
     assert "| GPU busy | 98.8 % of the time |" in folder.report.read_text()
     record.write_bytes(kept)
+
+
+def test_the_report_judges_the_size_by_the_limit_of_the_run(finished: Path) -> None:
+    """A run with a limit of its own is held to that one."""
+    stage = {**_stages(finished)["artifact"], "limit_bytes": 12_345}
+    assert "| total, limit 12,345 (**over**) |" in _size_table(stage)
+    stage = {**stage, "limit_bytes": 10**9}
+    assert "| total, limit 1,000,000,000 (fits) |" in _size_table(stage)
+
+
+@pytest.mark.parametrize(("decay", "steps"), [(0.0, "0"), (0.5, "1"), (1.0, "inf")])
+def test_any_decay_of_the_average_can_be_reported(finished: Path, decay: float, steps: str) -> None:
+    """A run without an EMA, or with one that never forgets, still gets its report."""
+    _, config = RunFolder.open(finished)
+    config = replace(config, train=replace(config.train, ema_decay=decay))
+    last = _scaled_table(_stages(finished)["train"], config).splitlines()[-1]
+    assert f"| 333 | {steps} |" in last
+
+
+@pytest.mark.parametrize(
+    ("arguments", "advice"),
+    [
+        (["--slot"], "at least one mode"),
+        (["--batch-windows", "0"], "batch_windows 0"),
+        (["--max-tokens", "-5"], "max_tokens -5"),
+    ],
+)
+def test_evaluate_refuses_what_scores_nothing(
+    arguments: list[str], advice: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Settings without a score end with one line, before the artifact is read."""
+    assert evaluate.main(["none.fwy", "--device", "cpu", *arguments]) == 2
+    assert advice in capsys.readouterr().err
 
 
 def test_evaluate_knows_a_run_by_its_artifact(
