@@ -3,7 +3,7 @@
 Work that takes minutes at the record's size is measured on a part: one small layer, 32 tokens of
 text. Each case says so.
 
-Letters: N tokens, B windows.
+Letters: N tokens, B windows of a batch, W windows of all batches, T positions.
 """
 
 from dataclasses import replace
@@ -32,6 +32,8 @@ from trainer.windows import Window, plan_windows
 
 SHARDS = 8
 CALIBRATION_TOKENS = 32
+SCORING_BATCHES = 4
+SCORING_GEMMS = 40
 
 
 def _on_host(subject: Any) -> Case:
@@ -177,7 +179,10 @@ def compression(scale: Scale, compressor: Compressor) -> Case:
 
 
 def scoring(scale: Scale, mode: SlotMode) -> Case:
-    """One batch of sliding windows (8 on a CPU), plain or with SLOT."""
+    """Batches of sliding windows, plain or with SLOT.
+
+    Several in one call: as in a whole evaluation, the host prepares one while the GPU does another.
+    """
     model, config, stream_N, windows = _sliding(scale)
     programs = Programs.of(model, compiled=scale.cuda)
 
@@ -185,7 +190,7 @@ def scoring(scale: Scale, mode: SlotMode) -> Case:
         for _ in scored_batches(model, stream_N, windows, config, mode, programs):
             pass
 
-    return _on_device(scale, run, 20)
+    return _on_device(scale, run, SCORING_GEMMS)
 
 
 def straight_scoring(scale: Scale) -> Case:
@@ -194,9 +199,8 @@ def straight_scoring(scale: Scale) -> Case:
     Plain PyTorch between the products, as the published code has it; the MLP is the fused one.
     """
     model, config, stream_N, windows = _sliding(scale, passes="reference")
-    inputs_BT = torch.stack([torch.from_numpy(stream_N[w.first :][: w.length]) for w in windows])
-    targets_BT = torch.stack(
-        [torch.from_numpy(stream_N[w.first + 1 :][: w.length]) for w in windows]
+    tokens_WT = torch.stack(
+        [torch.from_numpy(stream_N[w.first :][: w.length + 1]) for w in windows]
     )
 
     def nats(x_BT: Tensor, y_BT: Tensor) -> Tensor:
@@ -208,20 +212,22 @@ def straight_scoring(scale: Scale) -> Case:
 
     @torch.no_grad()
     def run(i: int) -> None:
-        program(inputs_BT.to(scale.device), targets_BT.to(scale.device))
+        for tokens_BT in tokens_WT.to(scale.device).split(config.batch_windows):
+            program(tokens_BT[:, :-1].contiguous(), tokens_BT[:, 1:].contiguous())
 
-    return _on_device(scale, run, 20)
+    return _on_device(scale, run, SCORING_GEMMS)
 
 
 def _sliding(
     scale: Scale, passes: PassesBackend | None = None
 ) -> tuple[GPT, EvalConfig, np.ndarray, list[Window]]:
-    """Model, settings, random tokens, and one batch of windows that score a stride each."""
+    """Model, settings, random tokens, and a few batches of windows that score a stride each."""
     model = scale.model(scale.config.mlp, passes=passes).requires_grad_(False)
     config = scale.config.eval
     if not scale.cuda:
-        config = replace(config, batch_windows=8)
-    tokens = scale.config.model.seq_len + config.stride * config.batch_windows
+        config = replace(config, batch_windows=2)
+    scored = config.stride * config.batch_windows * SCORING_BATCHES
+    tokens = scale.config.model.seq_len + scored
     stream_N = np.random.default_rng(0).integers(0, scale.config.model.vocab_size, tokens + 1)
     windows = plan_windows(tokens, scale.config.model.seq_len, config.stride)[1:]
     return model, config, stream_N, windows

@@ -64,10 +64,11 @@ class ScoredBatch:
 
 @dataclass(frozen=True)
 class Programs:
-    """The two programs that do nearly all the work of scoring."""
+    """The programs that do nearly all the work of scoring."""
 
     hidden: Callable[..., Tensor]
-    offset_gradient: adapt.Gradient = adapt.offset_gradient
+    fit_shared: adapt.Fit = adapt.fit_shared
+    fit_context: adapt.Fit = adapt.fit_context
 
     @classmethod
     def of(cls, model: GPT, *, compiled: bool) -> "Programs":
@@ -76,7 +77,8 @@ class Programs:
             return cls(model.hidden)
         return cls(
             torch.compile(model.hidden, fullgraph=True, dynamic=False),
-            torch.compile(adapt.offset_gradient, fullgraph=True, dynamic=False),
+            torch.compile(adapt.fit_shared, fullgraph=True, dynamic=False),
+            torch.compile(adapt.fit_context, fullgraph=True, dynamic=False),
         )
 
 
@@ -158,7 +160,10 @@ def scored_batches(
     device = model.qo_bank.device
     plain = Programs.of(model, compiled=False)
     stream_N = torch.from_numpy(tokens_N.astype(np.int64)).to(device)
-    first_W, new_W = torch.tensor([(w.first, w.new) for w in windows]).to(device).unbind(1)
+    first_W, new_W = (
+        torch.from_numpy(np.fromiter(numbers, np.int64, len(windows))).to(device)
+        for numbers in ((w.first for w in windows), (w.new for w in windows))
+    )
     steps_T = torch.arange(windows[0].length, device=device)
     begins = range(0, len(windows), config.batch_windows)
     for begin in begins[_rank() :: _world_size()] if shared_out else begins:
@@ -175,9 +180,10 @@ def scored_batches(
         if slot == "off":
             hidden_BSD = chosen.hidden(inputs_BT, last=most if most < len(steps_T) else None)
         else:
-            targets_BT, hidden_BTD = stream_N[at_BT + 1], chosen.hidden(inputs_BT)
-            fit = adapt.fit_shared if slot == "shared" else adapt.fit_context
-            delta = fit(model, hidden_BTD, targets_BT, scored_BT, config, chosen.offset_gradient)
+            hidden_BTD = chosen.hidden(inputs_BT)
+            fit = chosen.fit_shared if slot == "shared" else chosen.fit_context
+            head_VD, softcap = model.tok_emb.weight, model.config.logit_softcap
+            delta = fit(head_VD, hidden_BTD, stream_N[at_BT + 1], scored_BT, softcap, config)
             hidden_BSD = adapt.shift(hidden_BTD[:, -most:], delta)
         logits_SV = model.logits(hidden_BSD).flatten(0, 1)
         indices_S = at_BT[:, -most:].flatten()

@@ -4,6 +4,7 @@ import math
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
+from torch._dynamo.testing import CompileCounter
 
-from trainer import evaluate, statistics
+from trainer import adapt, evaluate, statistics
 from trainer.causality import probe
 from trainer.config import EvalConfig, SlotMode
 from trainer.errors import ConfigError
@@ -202,6 +204,92 @@ def test_slot_equals_an_independent_program(mode: SlotMode, eps: float) -> None:
     # Adam divides by |gradient|: a coordinate whose gradient is of float32's noise may step wrong.
     check("nats under SLOT, relative to its effect", error, 8 * rounding_budget(CHAIN, FLOAT))
     assert result.causal == (mode == "context")
+
+
+def _published_gradient(
+    head_VD: Tensor, hidden_BTD: Tensor, delta_O1D: Tensor, targets_BT: Tensor, fit_on_BT: Tensor
+) -> Tensor:
+    """Gradient [O, D] of the mean cross-entropy by autograd, in the type of `hidden_BTD`.
+
+    For one offset a window the windows' means are added, which keeps their gradients apart.
+    """
+    delta_O1D = delta_O1D.clone().requires_grad_()
+    raw_BTV = torch.nn.functional.linear((hidden_BTD + delta_O1D).to(hidden_BTD.dtype), head_VD)
+    wide = torch.promote_types(hidden_BTD.dtype, FLOAT)
+    logits_BTV = 30 * torch.tanh(raw_BTV.to(wide) / 30)
+    nats = torch.nn.functional.cross_entropy(
+        logits_BTV.flatten(0, 1), targets_BT.flatten(), reduction="none"
+    )
+    counted_BT = nats.view_as(targets_BT) * fit_on_BT
+    if len(delta_O1D) == 1:
+        mean = counted_BT.sum() / fit_on_BT.sum()
+    else:
+        mean = (counted_BT.sum(1) / fit_on_BT.sum(1).clamp_min(1)).sum()
+    return torch.autograd.grad(mean, delta_O1D)[0].squeeze(1)
+
+
+@pytest.mark.parametrize("offsets", [1, 3])
+def test_offset_gradient_is_as_exact_as_autograd(offsets: int) -> None:
+    """SLOT's gradient in bfloat16 errs at most twice as much as autograd of the published form.
+
+    Both are set against float64 on the same rounded inputs; offsets are as large as states.
+    """
+    torch.manual_seed(0)
+    head_VD, hidden_BTD = torch.randn(64, 32).bfloat16(), torch.randn(3, 400, 32).bfloat16()
+    delta_O1D = torch.randn(offsets, 1, 32)
+    targets_BT, fit_on_BT = torch.randint(64, (3, 400)), torch.rand(3, 400) < 0.7
+    fit_on_BT[0, :200] = False
+    if offsets > 1:
+        fit_on_BT[2] = False
+    plain = _published_gradient(head_VD, hidden_BTD, delta_O1D, targets_BT, fit_on_BT)
+    head, hidden, delta = (t.double() for t in (head_VD, hidden_BTD, delta_O1D))
+    exact = _published_gradient(head, hidden, delta, targets_BT, fit_on_BT)
+    raw_BTV = torch.nn.functional.linear(hidden_BTD, head_VD)
+    ours = adapt.offset_gradient(
+        head_VD.float(), raw_BTV, delta_O1D.squeeze(1), targets_BT, fit_on_BT, 30.0
+    )
+    allowed = kernel_budget(plain, exact, torch.bfloat16)
+    check("SLOT's gradient", relative_error(ours, exact), allowed)
+    if offsets > 1:
+        assert not ours[2].any()
+
+
+@pytest.mark.parametrize("decay", [0.0, 3.0])
+def test_adamw_equals_pytorch(decay: float) -> None:
+    """SLOT's AdamW equals torch.optim.AdamW, step by step."""
+    config = EvalConfig(slot_lr=0.05, slot_weight_decay=decay, slot_eps=0.1)
+    generator = torch.Generator().manual_seed(0)
+    theirs = torch.zeros(2, 16)
+    optimizer = torch.optim.AdamW([theirs], lr=0.05, weight_decay=decay, eps=0.1)
+    ours, mean, square = (torch.zeros(2, 16) for _ in range(3))
+    for step in range(1, 8):
+        gradient = torch.randn(2, 16, generator=generator)
+        theirs.grad = gradient
+        optimizer.step()
+        ours, mean, square = adapt.adamw_step(ours, gradient, mean, square, step, config)
+        # Some 15 roundings a step on either side.
+        check("offset", relative_error(ours, theirs), rounding_budget(30 * step, FLOAT))
+
+
+@pytest.mark.parametrize("fit", [adapt.fit_shared, adapt.fit_context])
+def test_a_fit_is_one_program(fit: adapt.Fit) -> None:
+    """All steps of a fit are one graph, made once for a shape and used for other values."""
+    counter = CompileCounter()
+    program = torch.compile(fit, backend=counter, fullgraph=True, dynamic=False)
+    for seed in range(3):
+        torch.manual_seed(seed)
+        tensors = (torch.randn(64, 32), torch.randn(3, T, 32), torch.randint(64, (3, T)))
+        scored_BT = (torch.arange(T) >= T - 1 - seed).expand(3, T).contiguous()
+        got = program(*tensors, scored_BT, 30.0, EvalConfig())
+        assert torch.equal(got, fit(*tensors, scored_BT, 30.0, EvalConfig()))
+    assert counter.frame_count == 1
+
+
+def test_a_softcap_beyond_float32_is_refused() -> None:
+    """Powers that may leave float32 are refused with the settings at fault."""
+    model = random_model(replace(TINY, logit_softcap=90.0))
+    with pytest.raises(ConfigError, match="logit-softcap"):
+        score(model, _tokens(T + 20), _sizes(), EvalConfig(stride=4), "context")
 
 
 def test_the_first_window_has_no_context_to_adapt_to() -> None:
