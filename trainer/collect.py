@@ -135,8 +135,11 @@ def collect(name: str, paths: list[Path]) -> SeedSet:
     """Read finished run folders.
 
     Raises:
+        ConfigError: no folders.
         RunError: a run is missing or unfinished, or two differ in more than their seed.
     """
+    if not paths:
+        raise ConfigError("no run folders were given: name at least one with --runs")
     opened = [RunFolder.open(path) for path in paths]
     for folder, config in opened:
         missing = unfinished(folder, config)

@@ -11,7 +11,6 @@ prompt, settings and seed: same text, on one kind of device.
 Letters: P tokens of the prompt, N drawn tokens.
 """
 
-import json
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +24,7 @@ from trainer import corpus, files
 from trainer.colour import Column, html_page, print_columns
 from trainer.errors import ConfigError, DataError, FairwayError
 from trainer.evaluate import load_artifact, read_text
+from trainer.folder import RunFolder
 from trainer.model import GPT
 from trainer.progress import log, progress
 from trainer.sampling import Sampler
@@ -158,17 +158,19 @@ def _trained_on(artifacts: list[Path]) -> Path | None:
     """The data folder of the runs the artifacts lie in; None: the embedded corpus.
 
     Raises:
-        ConfigError: two runs with different data.
+        ConfigError: two runs with different data, or settings that cannot be read.
     """
-    settings = (path.parent / "config.json" for path in artifacts)
-    folders = {json.loads(path.read_text())["data"]["dir"] for path in settings if path.exists()}
+    runs = {path.parent for path in artifacts if (path.parent / "config.json").exists()}
+    try:
+        folders = {RunFolder.open(run)[1].data.dir for run in runs}
+    except FairwayError as error:
+        raise ConfigError(f"{error}. Name the folder of the tokenizer with --data") from error
     if len(folders) > 1:
         raise ConfigError(
             "the artifacts come from runs on different data; name the folder of the tokenizer "
             "they share with --data"
         )
-    folder = folders.pop() if folders else None
-    return None if folder is None else Path(folder)
+    return folders.pop() if folders else None
 
 
 def _read(path: Path) -> str:

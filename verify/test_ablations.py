@@ -311,6 +311,16 @@ def test_one_harness_a_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     assert "another --out" in capsys.readouterr().err
 
 
+def test_a_folder_that_cannot_be_made_is_explained(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Where there can be no folder, the command ends with its name and advice."""
+    taken = tmp_path / "taken"
+    taken.write_text("a file")
+    assert main(["--out", str(taken), "--preset", "smoke"]) == 2
+    assert f"cannot write into {taken}" in capsys.readouterr().err
+
+
 def test_a_signal_reaches_the_run(tmp_path: Path) -> None:
     """SIGTERM stops the run at a checkpoint and then the harness; nothing is left behind."""
     out = tmp_path / "out"

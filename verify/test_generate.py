@@ -344,6 +344,20 @@ def test_the_run_folder_names_the_tokenizer(
     assert str(folder / "small.model") in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("content", ['{"hidden_size": 8}', "[]", "half of a fi"])
+def test_settings_of_another_program_are_explained(
+    folder: Path, tmp_path: Path, content: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Beside a config.json that is not a run's, the tokenizer has to be named."""
+    (tmp_path / "artifact.fwy").write_bytes((folder / "a.fwy").read_bytes())
+    (tmp_path / "config.json").write_text(content)
+    arguments = [str(tmp_path / "artifact.fwy"), "--tokens", "2", "--device", "cpu"]
+    assert main(arguments) == 2
+    assert "config.json cannot be read" in (message := capsys.readouterr().err)
+    assert "with --data" in message
+    assert main([*arguments, "--data", str(folder)]) == 0
+
+
 def bad_commands() -> Iterator[tuple[list[str], str]]:
     yield ["--tokens", "0"], "--tokens"
     yield ["--temperature", "0"], "--temperature"

@@ -295,6 +295,8 @@ def test_a_run_without_hessians_is_explained(
     assert "--resume" in capsys.readouterr().err
     assert command.main(["model", str(_shared()), "--widths", "3"]) == 2
     assert "--widths" in capsys.readouterr().err
+    assert command.main(["model", str(_shared()), "--sweep-tokens", "-1"]) == 2
+    assert "--sweep-tokens" in capsys.readouterr().err
 
 
 def test_schemes_are_judged_as_artifacts_and_the_model_is_put_back() -> None:

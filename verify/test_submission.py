@@ -363,6 +363,20 @@ def test_unfinished_and_altered_runs_are_explained(
     assert not (tmp_path / "out").exists()
 
 
+def test_folders_that_cannot_be_used_are_explained(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """No run at all, or a place for the result that is taken, ends with one line of advice."""
+    assert command.main(["--runs", "--out", str(tmp_path / "out")]) == 2
+    assert "--runs" in capsys.readouterr().err
+    taken = tmp_path / "taken"
+    taken.write_text("a file")
+    for out in (taken, tmp_path):
+        assert command.main(["--runs", str(folder / "runs" / "plain"), "--out", str(out)]) == 2
+        assert "choose a new --out" in capsys.readouterr().err
+    assert taken.read_text() == "a file"
+
+
 def test_recorded_settings_come_back_from_their_command_line() -> None:
     """The command line in the README gives the settings of the run, whatever their types."""
     changed = dataclasses.replace(

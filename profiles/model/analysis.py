@@ -55,7 +55,7 @@ def main(options: Options) -> None:
     """Analyse a run and write model.json, summary.md and the pictures.
 
     Raises:
-        ConfigError: no CUDA, or widths that do not exist.
+        ConfigError: no CUDA, widths that do not exist, or nothing to look at.
         RunError: the run cannot be used.
         DataError: no held-out text.
     """
@@ -63,6 +63,9 @@ def main(options: Options) -> None:
         raise ConfigError("--device cuda: torch finds no CUDA GPU; use --device cpu")
     if not options.widths or not set(options.widths) <= set(allocate.WIDTHS):
         raise ConfigError(f"--widths {options.widths}: choose among {allocate.WIDTHS}")
+    counts = (options.max_tokens, options.sweep_tokens, options.limit_bytes)
+    if any(count is not None and count < 1 for count in counts):
+        raise ConfigError("--max-tokens, --sweep-tokens and --limit-bytes must be at least 1")
     device = torch.device(options.device)
     tokens = options.max_tokens or TOKENS[options.device]
     subject = open_subject(options.run, options.data, device, tokens)

@@ -24,7 +24,7 @@ from trainer.__main__ import parse
 from trainer.ablations.rows import Run
 from trainer.ablations.share import take_over
 from trainer.config import RunConfig
-from trainer.errors import ConfigError
+from trainer.errors import ConfigError, RunError
 from trainer.folder import RunFolder
 from trainer.progress import log
 
@@ -130,9 +130,14 @@ def launcher(out: Path) -> Iterator[Launch]:
 
     Raises:
         ConfigError: another harness, or a run that it left behind, is at work in `out`.
+        RunError: `out` cannot be written.
     """
-    out.mkdir(parents=True, exist_ok=True)
-    with (out / ".lock").open("w") as lock:
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        lock = (out / ".lock").open("w")
+    except OSError as error:
+        raise RunError(f"cannot write into {out}: {error.strerror}. Use another --out.") from error
+    with lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:

@@ -237,5 +237,5 @@ def _size_bars(axes: Axes, ablations: Ablations, rows: Sequence[Row]) -> None:
     limit = SIZE_LIMIT_BYTES - base["stages"]["artifact"]["code_bytes"]
     if max(sizes) > limit / 3:  # a tiny model's bars would vanish beside it
         axes.axvline(limit / 1e6, color=WORSE)
-        legend += "; red: 16,000,000 bytes less the code"
+        legend += f"; red: {SIZE_LIMIT_BYTES:,} bytes less the code"
     axes.set(xlabel=legend, title="Artifacts")

@@ -55,8 +55,9 @@ def main(argv: list[str] | None = None) -> int:
 def _main(arguments: Arguments) -> None:
     runs, found = load_runs(arguments.runs)
     mode = _headline_mode(runs, arguments.mode)
-    if arguments.out.exists() and any(arguments.out.iterdir()):
-        raise ConfigError(f"{arguments.out} holds files already: choose a new --out, or empty it")
+    out = arguments.out
+    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
+        raise ConfigError(f"{out} is no empty folder: choose a new --out, or empty it")
     log("packing train_gpt.py")
     submission = Submission(
         runs,
@@ -67,8 +68,8 @@ def _main(arguments: Arguments) -> None:
         arguments.github_id,
         arguments.name,
     )
-    write(submission, arguments.out)
-    log(f"{arguments.out}: {submission.blurb}")
+    write(submission, out)
+    log(f"{out}: {submission.blurb}")
     log(f"train_gpt.py: {submission.bytes_code:,} bytes")
     if not submission.same_code:
         log("warning: the runs counted code of another size: they were made by other sources")
