@@ -43,6 +43,9 @@ def command(arguments: Arguments, number: int) -> list[str]:
 def main(argv: list[str] | None = None) -> int:
     """Measure in one process after the other; exit status 1 if any of them failed."""
     arguments = tyro.cli(Arguments, args=argv, description=__doc__)
+    if arguments.processes < 1:
+        print("error: --processes must be at least 1", file=sys.stderr)
+        return 2
     failed: list[int] = []
     started = time.monotonic()
     for number in range(arguments.processes):

@@ -6,6 +6,8 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -15,6 +17,24 @@ from trainer.errors import RunError
 ROOT = Path(__file__).resolve().parents[1]
 QUIET_END_S = 60.0
 """Patience for processes that were asked to end."""
+TICK_S = 0.5
+
+
+@dataclass(frozen=True)
+class Child:
+    """A process to run.
+
+    Attributes:
+        name: for people.
+        command: as `command` makes it.
+        log: file for its output.
+        visible_gpus: CUDA_VISIBLE_DEVICES, if not all.
+    """
+
+    name: str
+    command: list[str]
+    log: Path
+    visible_gpus: str | None = None
 
 
 def command(world_size: int, *arguments: str) -> list[str]:
@@ -48,6 +68,31 @@ def start(
             stderr=subprocess.STDOUT,
             start_new_session=True,
         )
+
+
+def run_together(children: Sequence[Child], limit_s: float) -> None:
+    """Run processes side by side to their ends.
+
+    Raises:
+        RunError: not all are done after `limit_s`, or one failed (with the last lines of its log).
+    """
+    processes: list[subprocess.Popen[bytes]] = []
+    try:
+        for child in children:
+            processes.append(start(child.command, child.log, child.visible_gpus))
+        started = time.monotonic()
+        while any(process.poll() is None for process in processes):
+            time.sleep(TICK_S)
+            if time.monotonic() - started > limit_s:
+                names = ", ".join(child.name for child in children)
+                raise RunError(f"{names}: not done in {limit_s:.0f} s")
+    finally:
+        for process in processes:
+            stop(process)
+    for child, process in zip(children, processes, strict=True):
+        if process.returncode:
+            status = f"{child.name} ended with status {process.returncode}"
+            raise RunError(f"{status}:\n{tail(child.log)}")
 
 
 def stop(process: "subprocess.Popen[bytes]") -> None:

@@ -11,12 +11,12 @@ same training but for the order of its sums (`bench/agreement.py`).
 import json
 import sys
 import tempfile
-import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import matplotlib as mpl
+import torch
 import tyro
 
 mpl.use("Agg")  # before pyplot: no display is needed
@@ -24,10 +24,10 @@ mpl.use("Agg")  # before pyplot: no display is needed
 from matplotlib import pyplot as plt
 
 from bench import launch
-from bench.agreement import LIMIT, Agreement, compare
+from bench.agreement import BLOCK_STEPS, LIMIT, Agreement, compare
 from bench.scaling_worker import Job
 from trainer import files
-from trainer.errors import FairwayError, RunError
+from trainer.errors import ConfigError, FairwayError
 
 OLD, NEW, PERMUTED = "old path", "new path", "old path, permuted windows"
 RUNS: dict[str, tuple[tuple[str, ...], int | None]] = {
@@ -36,7 +36,6 @@ RUNS: dict[str, tuple[tuple[str, ...], int | None]] = {
     PERMUTED: (("--passes", "reference"), 1),
 }
 """Overrides of every run, and the permutation of its windows."""
-TICK_S = 0.5
 
 
 @dataclass(frozen=True)
@@ -54,29 +53,25 @@ class Arguments:
 
 
 def run_all(arguments: Arguments, trainer: list[str], folder: Path) -> dict[str, Any]:
-    """All runs side by side on one device; time does not matter here. Raises RunError."""
+    """All runs side by side on one device; time does not matter here.
+
+    Raises:
+        ConfigError: no GPU, so that both paths would be the plain one.
+        RunError: a run failed.
+    """
+    if not torch.cuda.is_available():
+        raise ConfigError("bench.loss_curves needs a CUDA GPU; torch finds none")
     data = [] if arguments.data is None else [f"--data.dir={arguments.data}"]
-    processes, results = {}, {}
-    try:
-        for number, (name, (overrides, permutation)) in enumerate(RUNS.items()):
-            results[name] = folder / f"{number}.result.json"
-            options = [*launch.default_preset(), *trainer, *data, *overrides]
-            job = Job(options, arguments.steps, 1, permutation, str(results[name]))
-            files.write_json(folder / f"{number}.job.json", asdict(job))
-            command = launch.command(1, "bench.scaling_worker", str(folder / f"{number}.job.json"))
-            processes[name] = launch.start(command, folder / f"{number}.log", None)
-        started = time.monotonic()
-        while any(process.poll() is None for process in processes.values()):
-            time.sleep(TICK_S)
-            if time.monotonic() - started > arguments.limit_s:
-                raise RunError(f"not done in {arguments.limit_s:.0f} s")
-    finally:
-        for process in processes.values():
-            launch.stop(process)
-    for number, (name, process) in enumerate(processes.items()):
-        if process.returncode:
-            text = launch.tail(folder / f"{number}.log")
-            raise RunError(f"{name} ended with status {process.returncode}:\n{text}")
+    results: dict[str, Path] = {}
+    children: list[launch.Child] = []
+    for number, (name, (overrides, permutation)) in enumerate(RUNS.items()):
+        results[name] = folder / f"{number}.result.json"
+        options = [*launch.default_preset(), *trainer, *data, *overrides]
+        job = Job(options, arguments.steps, 1, permutation, str(results[name]))
+        files.write_json(folder / f"{number}.job.json", asdict(job))
+        command = launch.command(1, "bench.scaling_worker", str(folder / f"{number}.job.json"))
+        children.append(launch.Child(name, command, folder / f"{number}.log"))
+    launch.run_together(children, arguments.limit_s)
     return {name: json.loads(path.read_text()) for name, path in results.items()}
 
 
@@ -128,7 +123,7 @@ def _main(arguments: Arguments, trainer: list[str]) -> Agreement:
     print(
         f"new path against old: {found.rms_nats:.2e} nats apart (root mean square of "
         f"{arguments.steps} steps), permuted windows {found.yardstick_nats:.2e}; largest block of "
-        f"10 steps {found.worst:.2f} times the yardstick's, limit {LIMIT:.0f}\n"
+        f"{BLOCK_STEPS} steps {found.worst:.2f} times the yardstick's, limit {LIMIT:.0f}\n"
         f"last losses: " + ", ".join(f"{name} {c[-1]:.4f}" for name, c in curves.items())
     )
     return found

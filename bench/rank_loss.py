@@ -28,8 +28,8 @@ from safetensors import safe_open
 from bench import launch
 from bench.agreement import LOSS_ROUNDINGS
 from trainer import environment, files
-from trainer.config import RunConfig
-from trainer.errors import FairwayError, RunError
+from trainer.config import MICRO_BATCHES, RunConfig
+from trainer.errors import ConfigError, FairwayError, RunError
 from trainer.folder import RunFolder
 
 END_LIMIT_S = 60.0
@@ -133,6 +133,18 @@ def compare(
         later_difference=max(differences[1:]),
         later_limit=LATER_SHARE * statistics.median(changes),
     )
+
+
+def check(arguments: Arguments) -> None:
+    """Raise ConfigError for options that could only fail once a run is under way."""
+    a = arguments
+    unfit = [w for w in (a.world, a.resume_world) if w < 1 or MICRO_BATCHES % w]
+    if unfit:
+        raise ConfigError(f"{unfit[0]} ranks: only 1, 2, 4 and 8 divide a step")
+    if a.victim is not None and not 0 <= a.victim < a.world:
+        raise ConfigError(f"--victim {a.victim}: with --world {a.world} ranks go to {a.world - 1}")
+    if min(a.checkpoint_steps, a.steps_after, a.resumed_steps) < 1:
+        raise ConfigError("--checkpoint-steps, --steps-after and --resumed-steps must be above 0")
 
 
 class _Trial:
@@ -241,6 +253,7 @@ def main(argv: list[str] | None = None) -> int:
     cut = argv.index("--") if "--" in argv else len(argv)
     arguments = tyro.cli(Arguments, args=argv[:cut], description=__doc__)
     try:
+        check(arguments)
         with tempfile.TemporaryDirectory() as folder:
             outcome = _Trial(arguments, argv[cut + 1 :], Path(folder)).run()
         if arguments.out is not None:

@@ -32,10 +32,8 @@ from bench.agreement import LIMIT, Agreement, compare
 from bench.scaling_worker import Job
 from trainer import files
 from trainer.config import MICRO_BATCHES
-from trainer.errors import ConfigError, FairwayError, RunError
+from trainer.errors import ConfigError, FairwayError
 from trainer.progress import progress
-
-TICK_S = 0.5
 
 
 @dataclass(frozen=True)
@@ -82,7 +80,7 @@ def plan(arguments: Arguments) -> list[list[Run]]:
     singles = [Run(1), *(Run(1, n + 1) for n in range(arguments.yardsticks))]
     side_by_side = max(1, torch.cuda.device_count())
     groups = [singles[i : i + side_by_side] for i in range(0, len(singles), side_by_side)]
-    return groups + [[Run(w)] for w in sorted(arguments.worlds) if w > 1]
+    return groups + [[Run(w)] for w in sorted(set(arguments.worlds)) if w > 1]
 
 
 def check(arguments: Arguments) -> None:
@@ -97,46 +95,31 @@ def check(arguments: Arguments) -> None:
         raise ConfigError(f"--worlds {max(arguments.worlds)}: this machine has {gpus} GPU(s)")
     if arguments.yardsticks < 1:
         raise ConfigError("--yardsticks must be at least 1: it tells how far losses may differ")
+    if arguments.warm_up_steps < 0 or arguments.traced_steps < 1:
+        raise ConfigError("--warm-up-steps must be at least 0, and --traced-steps at least 1")
     if arguments.steps < arguments.warm_up_steps + arguments.traced_steps + 2:
         raise ConfigError("--steps must leave two steps between the warm-up and the traced ones")
 
 
 def run_group(runs: list[Run], arguments: Arguments, trainer: list[str], folder: Path) -> None:
-    """Run a group to its end; results go to RESULT.json in `folder`. Raises RunError."""
+    """Run a group to its end; each run leaves its result in `folder`. Raises RunError."""
     trainer = [*launch.default_preset(), *trainer]
     if arguments.data is not None:
         trainer.append(f"--data.dir={arguments.data}")
-    processes = {}
-    try:
-        for gpu, run in enumerate(runs):
-            job, log = _paths(folder, run)
-            out = str(_result(folder, run))
-            content = Job(trainer, arguments.steps, arguments.traced_steps, run.permutation, out)
-            files.write_json(job, asdict(content))
-            command = launch.command(run.world_size, "bench.scaling_worker", str(job))
-            visible = str(gpu) if len(runs) > 1 else None
-            processes[run] = launch.start(command, log, visible)
-        started = time.monotonic()
-        while any(process.poll() is None for process in processes.values()):
-            time.sleep(TICK_S)
-            if time.monotonic() - started > arguments.limit_s:
-                raise RunError(f"{runs[0].name}: not done in {arguments.limit_s:.0f} s")
-    finally:
-        for process in processes.values():
-            launch.stop(process)
-    for run, process in processes.items():
-        if process.returncode:
-            text = launch.tail(_paths(folder, run)[1])
-            raise RunError(f"{run.name} ended with status {process.returncode}:\n{text}")
+    children: list[launch.Child] = []
+    for gpu, run in enumerate(runs):
+        job = _file(folder, run, "job.json")
+        out = str(_file(folder, run, "result.json"))
+        content = Job(trainer, arguments.steps, arguments.traced_steps, run.permutation, out)
+        files.write_json(job, asdict(content))
+        command = launch.command(run.world_size, "bench.scaling_worker", str(job))
+        visible = str(gpu) if len(runs) > 1 else None
+        children.append(launch.Child(run.name, command, _file(folder, run, "log"), visible))
+    launch.run_together(children, arguments.limit_s)
 
 
-def _paths(folder: Path, run: Run) -> tuple[Path, Path]:
-    stem = f"world{run.world_size}-{run.permutation or 0}"
-    return folder / f"{stem}.job.json", folder / f"{stem}.log"
-
-
-def _result(folder: Path, run: Run) -> Path:
-    return folder / f"world{run.world_size}-{run.permutation or 0}.result.json"
+def _file(folder: Path, run: Run, ending: str) -> Path:
+    return folder / f"world{run.world_size}-{run.permutation or 0}.{ending}"
 
 
 def row(result: dict[str, Any], single_ms: float, arguments: Arguments) -> dict[str, Any]:
@@ -288,7 +271,9 @@ def _main(arguments: Arguments, trainer: list[str]) -> int:
             started = time.monotonic()
             print(f"{', '.join(run.name for run in runs)}: started", flush=True)
             run_group(runs, arguments, trainer, folder)
-            results.update({run: json.loads(_result(folder, run).read_text()) for run in runs})
+            results.update(
+                {run: json.loads(_file(folder, run, "result.json").read_text()) for run in runs}
+            )
             print(f"done in {time.monotonic() - started:.0f} s", flush=True)
             advance()
     rows, agreements = report(results, arguments)

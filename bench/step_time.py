@@ -28,6 +28,7 @@ from bench.stopwatch import time_interleaved
 from trainer import environment, files
 from trainer.average import Averages
 from trainer.config import AttentionBackend, MlpBackend, PassesBackend
+from trainer.errors import ConfigError, FairwayError, RunError
 from trainer.optim import Optimizer
 
 SETS = 2
@@ -59,15 +60,32 @@ class Arguments:
     """Paths to time."""
     rounds: int = 50
     """Measured steps of each."""
-    starts: tuple[str, ...] = tuple(PATHS)
-    """Paths whose time to the first step is measured too, in two processes each."""
+    starts: tuple[str, ...] | None = None
+    """Those whose time to the first step is measured too, in two processes each; none: all."""
+
+
+def check(arguments: Arguments) -> None:
+    """Raise ConfigError for paths that do not exist or cannot be measured."""
+    starts = _starts(arguments)
+    unknown = sorted({*arguments.paths, *starts} - PATHS.keys())
+    if unknown:
+        raise ConfigError(f"no path {', '.join(unknown)}; choose of {', '.join(PATHS)}")
+    untimed = sorted(set(starts) - set(arguments.paths))
+    if untimed:
+        raise ConfigError(f"--starts {', '.join(untimed)}: name it in --paths too")
+    if arguments.rounds < 2:
+        raise ConfigError("--rounds must be at least 2")
+    if not torch.cuda.is_available():
+        raise ConfigError("bench.step_time needs a CUDA GPU; torch finds none")
+
+
+def _starts(arguments: Arguments) -> tuple[str, ...]:
+    return arguments.paths if arguments.starts is None else arguments.starts
 
 
 def scale_of(path: Choice) -> Scale:
-    """The record's shapes (a CPU's smoke preset) with a path's implementations."""
+    """The record's shapes with a path's implementations."""
     base = current()
-    if not base.cuda:
-        return base
     chosen = replace(base.config, mlp=path.mlp, passes=path.passes, attention=path.attention)
     return Scale(chosen, base.device)
 
@@ -76,7 +94,7 @@ def subjects(path: Choice) -> dict[str, Callable[[int], object]]:
     """Forward and backward of a micro-step; and a whole step with optimizer and EMA."""
     scale = scale_of(path)
     model = scale.model(scale.config.mlp)
-    loss_of: Any = torch.compile(model.loss, fullgraph=True) if scale.cuda else model.loss
+    loss_of: Any = torch.compile(model.loss, fullgraph=True)
     optimizer = Optimizer(model, scale.config.optim, scale.dtype)
     averages = Averages(model, scale.config.train)
     batches = [(scale.ids(scale.windows), scale.ids(scale.windows)) for _ in range(SETS)]
@@ -98,17 +116,16 @@ def first_step(path: Choice) -> dict[str, float]:
     started = time.perf_counter()
     step = subjects(path)["with optimizer and EMA"]
     step(0)
-    _synchronize()
+    torch.cuda.synchronize()
     seconds = time.perf_counter() - started
     for number in range(2):
         step(number)
-    _synchronize()
-    peak = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
-    return {"seconds": seconds, "peak_bytes": float(peak)}
+    torch.cuda.synchronize()
+    return {"seconds": seconds, "peak_bytes": float(torch.cuda.max_memory_allocated())}
 
 
 def start(name: str, cache: Path) -> dict[str, float]:
-    """`first_step` in a process of its own whose compilers cache under `cache`."""
+    """`first_step` in a process of its own whose compilers cache under `cache`. Raises RunError."""
     settings = {
         "TORCHINDUCTOR_CACHE_DIR": str(cache / "inductor"),
         "TRITON_CACHE_DIR": str(cache / "triton"),
@@ -118,19 +135,14 @@ def start(name: str, cache: Path) -> dict[str, float]:
         command, env={**os.environ, **settings}, capture_output=True, text=True, check=False
     )
     if result.returncode != 0:
-        raise RuntimeError(f"the start of path {name!r} failed:\n{result.stderr[-2000:]}")
+        raise RunError(f"the start of path {name!r} failed:\n{result.stderr[-2000:]}")
     return json.loads(result.stdout.splitlines()[-1])
 
 
-def _synchronize() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-
-
 def measure(arguments: Arguments) -> dict[str, Any]:
-    """All figures, JSON-able."""
+    """All figures, JSON-able. Raises RunError when a path fails to start."""
     results: dict[str, Any] = {name: {} for name in arguments.paths}
-    for name in arguments.starts:
+    for name in _starts(arguments):
         with tempfile.TemporaryDirectory(prefix="fairway-start-") as folder:
             results[name]["start, caches empty"] = start(name, Path(folder))
             results[name]["start, caches full"] = start(name, Path(folder))
@@ -175,13 +187,13 @@ def main() -> int:
         print(json.dumps(first_step(PATHS[sys.argv[2]])))
         return 0
     arguments = tyro.cli(Arguments, description=__doc__)
-    unknown = sorted(set(arguments.paths) - PATHS.keys())
-    unknown += sorted(set(arguments.starts) - set(arguments.paths) - set(unknown))
-    if unknown:
-        print(f"error: no path {', '.join(unknown)}; choose of {', '.join(PATHS)}", file=sys.stderr)
+    try:
+        check(arguments)
+        results = measure(arguments)
+        files.write_json(arguments.out, {"environment": environment.describe(), "paths": results})
+    except FairwayError as error:
+        print(f"error: {error}", file=sys.stderr)
         return 2
-    results = measure(arguments)
-    files.write_json(arguments.out, {"environment": environment.describe(), "paths": results})
     show(results)
     return 0
 

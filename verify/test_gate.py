@@ -306,6 +306,9 @@ def test_a_baseline_comes_from_fresh_processes(monkeypatch: pytest.MonkeyPatch) 
     calls.clear()
     assert make_baseline(["--processes", "1", "--extend"]) == 0
     assert "--extend-baseline" in calls[0]
+    calls.clear()
+    assert make_baseline(["--processes", "0"]) == 2
+    assert calls == []
 
 
 def test_the_kernel_table_takes_the_best_of_each_kind() -> None:

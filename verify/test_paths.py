@@ -53,6 +53,29 @@ def test_an_unknown_path_is_named(
     assert not out.exists()
 
 
+def test_a_start_without_its_path_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Starts are measured of the paths that are timed; left out, all of those are."""
+    options = ["step_time", "--out", str(tmp_path / "out.json"), "--paths", "plain"]
+    monkeypatch.setattr(step_time.torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr("sys.argv", [*options, "--starts", "fused MLP"])
+    assert step_time.main() == 2
+    assert "--starts fused MLP: name it" in capsys.readouterr().err
+    monkeypatch.setattr("sys.argv", options)
+    assert step_time.main() == 2
+    assert "needs a CUDA GPU" in capsys.readouterr().err
+
+
+def test_curves_are_compared_on_a_gpu_alone(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Without a GPU both paths would be the plain one, and agree: refused."""
+    monkeypatch.setattr(loss_curves.torch.cuda, "is_available", lambda: False)
+    assert loss_curves.main([]) == 2
+    assert "needs a CUDA GPU" in capsys.readouterr().err
+
+
 def test_passes_are_timed_on_a_gpu_alone(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

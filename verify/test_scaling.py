@@ -119,6 +119,7 @@ def test_scaling_table_from_real_ranks(tmp_path: Path, capsys: pytest.CaptureFix
         (["--worlds", "1", "3"], "1, 2, 4 and 8"),
         (["--steps", "5"], "--steps must leave"),
         (["--yardsticks", "0"], "--yardsticks"),
+        (["--traced-steps", "0"], "--traced-steps"),
     ],
 )
 def test_scaling_refuses_what_gives_no_table(
@@ -126,6 +127,23 @@ def test_scaling_refuses_what_gives_no_table(
 ) -> None:
     """Options without a comparison are refused before anything runs."""
     assert scaling.main(options) == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--world", "3"], "3 ranks"),
+        (["--resume-world", "0"], "0 ranks"),
+        (["--victim", "2"], "--victim 2"),
+        (["--steps-after", "0"], "--steps-after"),
+    ],
+)
+def test_ranks_that_cannot_be_lost_are_refused(
+    capsys: pytest.CaptureFixture[str], options: list[str], message: str
+) -> None:
+    """A rank that there is not cannot be killed: said before a run is started."""
+    assert rank_loss.main(options) == 2
     assert message in capsys.readouterr().err
 
 
