@@ -169,7 +169,7 @@ def work(job: Job) -> None:
             result["overlaps"] = [o for o in overlaps if o is not None]
             result["tokens_per_step"] = config.train.sequences_per_step * config.model.seq_len
             result["dtype"] = config.compute_dtype
-            result["environment"] = environment.describe()
+            result["environment"] = environment.describe(config.device)
             files.write_json(Path(job.out), result)
 
 

@@ -71,7 +71,8 @@ def mix_norm(
         u, n and t, all [..., D] in the type of x.
     """
     t = x if branch is None else x + branch
-    if skip is not None and skip_weight_D is not None:
+    if skip is not None:
+        assert skip_weight_D is not None, "a skip comes with its weight"
         t = t + skip_weight_D.to(x.dtype) * skip
     mix = mix_2D.to(x.dtype)
     u = mix[0] * t + mix[1] * x0

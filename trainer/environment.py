@@ -6,7 +6,7 @@ import platform
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -14,8 +14,13 @@ PACKAGES = ("torch", "triton", "numpy", "sentencepiece", "brotli", "safetensors"
 ROOT = Path(__file__).resolve().parents[1]
 
 
-def describe() -> dict[str, Any]:
-    """JSON-able description of this machine and this source tree, without host or user names."""
+def describe(device: Literal["cuda", "cpu"] = "cuda") -> dict[str, Any]:
+    """JSON-able description of this machine and this source tree, without host or user names.
+
+    Args:
+        device: what does the work. The name of a GPU that lies idle would mislead.
+    """
+    on_gpu = device == "cuda" and torch.cuda.is_available()
     versions = {name: _version(name) for name in PACKAGES}
     return {
         "python": platform.python_version(),
@@ -24,7 +29,7 @@ def describe() -> dict[str, Any]:
         "cores": os.cpu_count(),
         "packages": versions,
         "cuda": torch.version.cuda,
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+        "device": torch.cuda.get_device_name() if on_gpu else "cpu",
         "devices": torch.cuda.device_count(),
         "driver": _driver_version(),
         "commit": commit(),

@@ -67,7 +67,7 @@ class RunFolder:
             while path.exists():
                 path, copy = config.out / f"{stem}-{copy}", copy + 1
         folder = cls(path)
-        files.write_json(path / "environment.json", environment.describe())
+        files.write_json(path / "environment.json", environment.describe(config.device))
         files.write_json(path / "config.json", _plain(dataclasses.asdict(config)))
         return folder
 

@@ -133,6 +133,12 @@ def _run_all(arguments: Arguments, passed_on: list[str]) -> list[Path]:
     if taken:
         raise ConfigError(f"{' '.join(taken)} cannot be passed on: --seeds and --out decide it")
     preset, config = parse(passed_on)
+    absent = set(arguments.modes) - {"off", *config.eval.slot_modes}
+    if absent:
+        raise ConfigError(
+            f"--modes {' '.join(sorted(absent))}: the runs will not be scored so; add it to "
+            "--eval.slot-modes"
+        )
     paths: list[Path] = []
     for number, seed in enumerate(arguments.seeds, 1):
         log(f"seed {seed} ({number} of {len(arguments.seeds)})")

@@ -1,5 +1,6 @@
 """Claims about files: a write is whole or not at all, and its failure is explained."""
 
+import dataclasses
 import json
 import os
 from pathlib import Path
@@ -54,6 +55,18 @@ def test_settings_survive_the_run_folder(tmp_path: Path, preset: str) -> None:
     opened, settings = RunFolder.open(folder.path)
     assert settings == RunConfig(**{**vars(config), "out": tmp_path})
     assert opened.path == folder.path
+
+
+def test_a_run_on_the_cpu_does_not_name_an_idle_gpu(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The environment of a run names what did its work, whatever else the machine has."""
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.get_device_name", lambda: "a GPU")
+    for preset, device in (("record", "a GPU"), ("smoke", "cpu")):
+        config = dataclasses.replace(PRESETS[preset][1], out=tmp_path)
+        path = RunFolder.create(config, preset).path / "environment.json"
+        assert json.loads(path.read_text())["device"] == device
 
 
 def test_a_run_from_before_the_fused_passes_keeps_its_plain_ones(tmp_path: Path) -> None:

@@ -353,6 +353,7 @@ def test_bad_arguments_cost_no_training(
         (["--seeds", "1", "--against", "nobody"], "published-previous"),
         (["--seeds", "1", "--against", str(tmp_path / "no.json")], "no.json"),
         (["--seeds", "1", "smoke", "--seed=3"], "--seed=3"),
+        (["--seeds", "1", "--modes", "shared", "smoke", "--eval.slot-modes"], "--modes shared"),
     ):
         status, _, error = _main(capsys, *arguments)
         assert status == 2

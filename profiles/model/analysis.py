@@ -138,11 +138,12 @@ def analyse(
     measures[f"held-out change at int{min(widths)}"] = {
         name: change_B.mean().item() for name, change_B in changes[min(widths)].items()
     }
-    described = environment.describe()
+    on_gpu = subject.inputs_BT.is_cuda
+    described = environment.describe("cuda" if on_gpu else "cpu")
     windows, seq_len = subject.inputs_BT.shape
     return Findings(
         run=subject.path.name,
-        device=_device(described),
+        device=described["device"] if on_gpu else f"{described['cpu']}, {described['cores']} cores",
         commit=described["commit"],
         text=Text(subject.data.name, windows, len(sweep.inputs_BT), seq_len),
         loss=Estimate.of(whole_B),
@@ -166,8 +167,3 @@ def analyse(
         limit_bytes=limit_bytes,
         seconds=watch.seconds,
     )
-
-
-def _device(described: dict[str, object]) -> str:
-    """What did the work, in words."""
-    return str(described["device"] or f"{described['cpu']}, {described['cores']} cores")
