@@ -7,8 +7,8 @@
 
 From the name of a preset on, arguments go to `python -m trainer`. Each seed runs in OUT/seed-N
 with its output in OUT/seed-N.log. The same command again reads finished runs and resumes stopped
-ones. OUT/seeds.md holds the table, OUT/seeds.json the same for programs (`trainer/collect.py`) and
-for a later --against.
+ones. OUT/seeds.md holds the table, OUT/seeds.json the same for programs
+(`trainer/seed_tables.py`) and for a later --against.
 
 Without --against, results are set against the published ones, where they may be: causal with
 causal, on the same text. One that is asked for and may not be compared is an error.
@@ -23,7 +23,7 @@ from typing import IO
 
 import tyro
 
-from trainer import collect
+from trainer import collect, seed_tables
 from trainer.__main__ import parse
 from trainer.collect import Comparison
 from trainer.config import RunConfig, SlotMode
@@ -92,7 +92,7 @@ def _main(arguments: Arguments, passed_on: list[str]) -> None:
     shown = [
         c for group in groups for c in group if c.earlier.causal == found.result(c.mode).causal
     ]
-    print(collect.write(found, shown, arguments.out))
+    print(seed_tables.write(found, shown, arguments.out))
     print(f"Written: {arguments.out / 'seeds.md'}, {arguments.out / 'seeds.json'}")
     if earlier:
         _require_answers(arguments.against, groups)
@@ -110,7 +110,7 @@ def named(name: str) -> list[Result]:
     if not Path(name).is_file():
         names = ", ".join(result.name for result in PUBLISHED)
         raise ConfigError(f"--against {name}: give one of {names}, or the path of a seeds.json")
-    stored = collect.read(Path(name))
+    stored = seed_tables.read(Path(name))
     return [stored.result(mode) for mode in stored.modes]
 
 

@@ -149,7 +149,7 @@ FAULTS = [
         _SEEDS,
     ),
     Fault(
-        "trainer/collect.py",
+        "trainer/seed_tables.py",
         "a record that breaks a rule called legal",
         "if c.test.clears_bar and not all(",
         "if False and not all(",

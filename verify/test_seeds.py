@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from trainer import collect, seeds
+from trainer import collect, seed_tables, seeds
 from trainer.__main__ import parse
 from trainer.config import RunConfig
 from trainer.errors import ConfigError, RunError
@@ -186,7 +186,7 @@ def test_the_table_has_every_seed_and_their_mean(
     assert [s["scores"]["context"]["nats"] for s in record["seeds"]] == [1.79, 1.89]
     assert record["mean"]["scores"]["off"]["nats"] == pytest.approx(1.85)
     assert record["mean"]["artifact_bytes"] == 14_000_000
-    assert collect.read(tmp_path / "set" / "seeds.json") == collect.collect("set", runs)
+    assert seed_tables.read(tmp_path / "set" / "seeds.json") == collect.collect("set", runs)
 
 
 def test_legality_is_told_for_every_seed(

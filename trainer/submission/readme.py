@@ -6,7 +6,7 @@ from statistics import fmean, stdev
 from typing import Any
 
 from kernels.build import HEADER_PACKAGE
-from trainer import collect, legality
+from trainer import collect, legality, seed_tables
 from trainer.config import SIZE_LIMIT_BYTES
 from trainer.statistics import PUBLISHED
 from trainer.submission.arguments import arguments_for
@@ -80,7 +80,7 @@ def _comparisons(submission: Submission) -> str:
     """The headline score against the published results that are scored in a like manner."""
     earlier = [result for result in PUBLISHED if result.causal == submission.causal]
     compared = collect.comparisons(submission.found, [submission.mode], earlier)
-    return collect.comparison_table(submission.found, compared)
+    return seed_tables.comparison_table(submission.found, compared)
 
 
 def _stage(submission: Submission, stage: str, key: str) -> list[float]:
