@@ -9,7 +9,8 @@ from typing import Any, get_args
 from trainer.config import RunConfig, SlotMode
 from trainer.errors import ConfigError, RunError
 from trainer.folder import RunFolder
-from trainer.legality import MODE_STAGES, Finding, run_findings
+from trainer.held_out import MODE_STAGES
+from trainer.legality import Finding, run_findings
 from trainer.statistics import Result, Text, Welch, obstacle, welch
 
 FORMAT = 1

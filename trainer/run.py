@@ -12,7 +12,8 @@ from trainer.compress import quantize_run, write_artifact
 from trainer.config import RunConfig, SlotMode
 from trainer.errors import ConfigError
 from trainer.folder import RunFolder
-from trainer.legality import MODE_STAGES, ValidationGate, probe_modes
+from trainer.held_out import MODE_STAGES, ValidationGate
+from trainer.legality import probe_modes
 from trainer.model import GPT
 from trainer.progress import is_main_process, log
 from trainer.ranks import Ranks

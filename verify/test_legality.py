@@ -15,7 +15,8 @@ from trainer.config import EvalConfig
 from trainer.corpus import DataFolder
 from trainer.errors import RunError
 from trainer.folder import RunFolder
-from trainer.legality import CLOSED_STAGES, OPENINGS, ValidationGate, findings, run_findings
+from trainer.held_out import CLOSED_STAGES, OPENINGS, ValidationGate
+from trainer.legality import findings, run_findings
 from trainer.report import (
     _scaled_table,  # pyright: ignore[reportPrivateUsage]
     _size_table,  # pyright: ignore[reportPrivateUsage]

@@ -19,7 +19,7 @@ from trainer.__main__ import parse
 from trainer.config import RunConfig
 from trainer.errors import ConfigError, RunError
 from trainer.folder import RunFolder
-from trainer.legality import OPENINGS
+from trainer.held_out import OPENINGS
 from trainer.statistics import (
     FINEWEB,
     PREVIOUS_RECORD_NATS,

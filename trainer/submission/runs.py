@@ -13,7 +13,7 @@ from trainer.collect import SeedSet, collect, unfinished
 from trainer.config import RunConfig, SlotMode
 from trainer.errors import RunError
 from trainer.folder import RunFolder
-from trainer.legality import MODE_STAGES
+from trainer.held_out import MODE_STAGES
 
 
 @dataclass(frozen=True)
