@@ -127,18 +127,6 @@ def obstacle(new: Result, old: Result) -> str | None:
     return None
 
 
-def compare(new: Result, old: Result) -> Welch:
-    """Welch's test that `new` beats `old`.
-
-    Raises:
-        ConfigError: one is causal and the other is not, their texts differ, or too few seeds.
-    """
-    reason = obstacle(new, old)
-    if reason is not None:
-        raise ConfigError(f"no comparison: {reason}")
-    return welch(new.nats, old.nats)
-
-
 def _described(text: Text) -> str:
     digest = "" if text.sha256 is None else f", SHA-256 {text.sha256[:12]}"
     return f"{text.name}, {text.tokens:,} tokens{digest}"
