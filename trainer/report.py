@@ -102,7 +102,7 @@ def _origin(environment: dict[str, Any], data: dict[str, Any], train: dict[str, 
 
 def _shortfall(train: dict[str, Any], config: RunConfig) -> str:
     """Why fewer GPUs than the record's must score worse; empty with as many."""
-    if train["world_size"] >= MICRO_BATCHES:
+    if config.device == "cuda" and train["world_size"] >= MICRO_BATCHES:
         return ""
     tokens = train["steps"] * config.train.sequences_per_step * config.model.seq_len
     record = RECORD_STEPS * RECORD.train.sequences_per_step * RECORD.model.seq_len
