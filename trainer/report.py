@@ -182,18 +182,12 @@ def _training_table(train: dict[str, Any], config: RunConfig) -> str:
         ("tokens per step", f"{config.train.sequences_per_step * config.model.seq_len:,}", ""),
         ("last training loss, nats", f"{train['final_train_nats']:.4f}", ""),
         ("waiting for data", f"{100 * train['data_stall_share']:.2f} % of the time", ""),
-        *_gpu_rows(train),
         ("peak GPU memory", f"{memory / 1e9:.2f} GB" if memory else "no GPU", ""),
         ("weights used", config.train.average, "ema"),
         ("late QAT", config.train.late_qat, "linears"),
     ]
     head = ["| | this run | published |", "| --- | --- | --- |"]
     return "\n".join(head + [f"| {a} | {b} | {c} |" for a, b, c in rows])
-
-
-def _gpu_rows(train: dict[str, Any]) -> list[tuple[str, str, str]]:
-    share = train.get("gpu_busy_share")
-    return [] if share is None else [("GPU busy", f"{100 * share:.1f} % of the time", "")]
 
 
 def _scaled_table(train: dict[str, Any], config: RunConfig) -> str:

@@ -268,17 +268,6 @@ def test_the_report_states_legality_and_scaled_settings(finished: Path) -> None:
     assert " | 197 |" in text
 
 
-def test_the_gpu_share_is_shown_when_it_was_measured(finished: Path) -> None:
-    """A run that measured how busy its GPU was has it in its report."""
-    folder, config = RunFolder.open(finished)
-    record = finished / "stages" / "train.json"
-    kept = record.read_bytes()
-    record.write_text(json.dumps({**json.loads(kept), "gpu_busy_share": 0.9876}))
-    write_report(folder, config)
-    assert "| GPU busy | 98.8 % of the time |" in folder.report.read_text()
-    record.write_bytes(kept)
-
-
 def test_the_report_judges_the_size_by_the_limit_of_the_run(finished: Path) -> None:
     """A run with a limit of its own is held to that one."""
     stage = {**_stages(finished)["artifact"], "limit_bytes": 12_345}
