@@ -20,7 +20,7 @@ from trainer.legality import findings, run_findings
 from trainer.report import (
     _scaled_table,  # pyright: ignore[reportPrivateUsage]
     _size_table,  # pyright: ignore[reportPrivateUsage]
-    )
+)
 from trainer.run import _Run  # pyright: ignore[reportPrivateUsage]
 from trainer.shards import TOKEN_DTYPE, read_shard, write_shard
 from verify.models import TINY, random_model
