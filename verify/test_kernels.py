@@ -1,10 +1,6 @@
 """Claims about the MLP kernels: every implementation computes the reference, gradients included."""
 
 import math
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -16,6 +12,7 @@ from torch import Tensor
 from kernels import checks, cutlass, reference, triton_ops
 from kernels.mlp import load_backend, mlp
 from kernels.variants import DPRE_PLAN, UP_PLAN, VARIANTS, Plan
+from verify.interpreter import run_interpreted
 from verify.tolerance import check, kernel_budget, relative_error, rounding_budget
 
 BF16 = torch.bfloat16
@@ -311,17 +308,7 @@ run()
 
 def test_triton_kernels_equal_the_reference_in_the_interpreter() -> None:
     """Both Triton kernels, interpreted, equal float64 for ragged shapes and any tile order."""
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    result = subprocess.run(
-        [sys.executable, "-c", INTERPRETED, "25"],
-        cwd=Path(__file__).resolve().parents[1],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-    assert result.returncode == 0, result.stderr[-3000:]
+    run_interpreted(INTERPRETED, "25")
 
 
 # On a Hopper GPU.

@@ -1,9 +1,5 @@
 """Claims about the fused passes: each computes its plain meaning, gradients included."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,10 +12,10 @@ from kernels import passes, reference
 from kernels.checks import check_cuda_tensors, check_power_of_two, check_rows
 from trainer.config import ModelConfig
 from trainer.model import GPT
+from verify.interpreter import run_interpreted
 from verify.models import random_model
 from verify.tolerance import check, kernel_budget, relative_error, rounding_budget
 
-ROOT = Path(__file__).resolve().parents[1]
 BF16 = torch.bfloat16
 
 INTERPRETED = """
@@ -134,17 +130,7 @@ globals()[sys.argv[2]]()
 @pytest.mark.parametrize("name", ["mix_norm", "add_norm", "heads", "exclude_self"])
 def test_passes_equal_the_reference_in_the_interpreter(name: str) -> None:
     """Every fused pass and its backward, interpreted, equals float64 autograd of its meaning."""
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    result = subprocess.run(
-        [sys.executable, "-c", INTERPRETED, "8", name],
-        cwd=ROOT,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-    assert result.returncode == 0, result.stderr[-3000:]
+    run_interpreted(INTERPRETED, "8", name)
 
 
 MODEL = """
@@ -181,17 +167,7 @@ with torch.no_grad():
 
 def test_the_model_with_fused_passes_equals_the_plain_one() -> None:
     """Loss and every gradient through the compiler's whole graph equal the plain model's."""
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    result = subprocess.run(
-        [sys.executable, "-c", MODEL],
-        cwd=ROOT,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-    assert result.returncode == 0, result.stderr[-3000:]
+    run_interpreted(MODEL)
 
 
 # What is refused.
