@@ -12,8 +12,9 @@ from torch import Tensor
 
 from trainer.config import QuantConfig
 
-WIDTHS = (4, 5, 6, 7, 8)
-"""Bits that a matrix may have."""
+WIDTHS = (4, 4.5, 5, 5.5, 6, 7, 8)
+"""Bits that `measured` chooses among. At half a bit the grid has 2^-0.5 times the codes of the next
+whole one, in whose range it is stored: once the codes are compressed, their entropy counts."""
 
 BUDGETS = 1 << 14
 """Budgets that the knapsack tells apart: about 1 kB each on the record's model."""
@@ -33,7 +34,7 @@ def ranked(sensitivities: dict[str, float]) -> list[str]:
     return sorted(sensitivities, key=lambda name: (-sensitivities[name], name))
 
 
-def bits_with(order: list[str], int6_matrices: int) -> dict[str, int]:
+def bits_with(order: list[str], int6_matrices: int) -> dict[str, float]:
     """int6 for the first `int6_matrices` of `order`, int5 for the rest."""
     return {name: 6 if i < int6_matrices else 5 for i, name in enumerate(order)}
 
@@ -55,9 +56,9 @@ class Knapsack:
     """
 
     def __init__(
-        self, damage: dict[str, dict[int, float]], sizes: dict[str, dict[int, float]]
+        self, damage: dict[str, dict[float, float]], sizes: dict[str, dict[float, float]]
     ) -> None:
-        self._options: dict[str, list[tuple[int, int]]] = {}
+        self._options: dict[str, list[tuple[float, int]]] = {}
         """(bits, units above the smallest) of every matrix, by ascending size."""
         unit = sum(max(s.values()) - min(s.values()) for s in sizes.values()) / BUDGETS or 1.0
         for name, by_bits in sizes.items():
@@ -77,9 +78,9 @@ class Knapsack:
             self._choices.append(tried.argmin(axis=0).astype(np.int8))
             least_damage = tried.min(axis=0)
 
-    def bits(self, budget: int) -> dict[str, int]:
+    def bits(self, budget: int) -> dict[str, float]:
         """Bits of every matrix at a budget of 0..highest."""
-        chosen: dict[str, int] = {}
+        chosen: dict[str, float] = {}
         for (name, options), choice in reversed(
             list(zip(self._options.items(), self._choices, strict=True))
         ):

@@ -36,7 +36,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from trainer.allocate import WIDTHS
 from trainer.config import ModelConfig
 from trainer.errors import ArtifactError, ConfigError
 from trainer.model import GPT
@@ -49,6 +48,7 @@ DIGEST_BYTES = 32
 BROTLI_QUALITY = 11
 QUICK_QUALITY = 4
 """For files that live within a run."""
+MATRIX_BITS = (4, 5, 6, 7, 8)
 PIECE_BYTES = 1 << 21
 """Raw bytes compressed on their own: codes hardly resemble each other, so that cutting costs some
 0.1 % in size, and a many-core machine is through in a tenth of the time."""
@@ -219,7 +219,7 @@ def _check_entries(entries: list[Entry], config: ModelConfig, source: str) -> No
             f"{source}: its tensors are not those of the declared model: {', '.join(wrong[:5])}"
         )
     for entry in entries:
-        allowed = WIDTHS if _is_matrix(entry.name) else (8, 16)
+        allowed = MATRIX_BITS if _is_matrix(entry.name) else (8, 16)
         if entry.bits not in allowed or (entry.bits == 8 and len(entry.shape) != 2):
             raise ArtifactError(f"{source}: {entry.name} cannot have {entry.bits} bits")
 

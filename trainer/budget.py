@@ -16,7 +16,7 @@ from trainer.config import QuantConfig
 from trainer.model import GPT
 from trainer.quantize import QuantizedMatrix, QuantizedModel, quantize_matrices, with_matrices
 
-Bits = dict[str, int]
+Bits = dict[str, float]
 """Bits of every matrix, by name."""
 
 
@@ -26,11 +26,11 @@ class Made:
 
     rest: QuantizedModel
     """The artifact without its matrices."""
-    matrices: dict[int, dict[str, QuantizedMatrix]]
+    matrices: dict[float, dict[str, QuantizedMatrix]]
     """By bits, then name."""
-    errors: dict[int, dict[str, float]]
+    errors: dict[float, dict[str, float]]
     """Hessian-weighted errors, likewise."""
-    sizes: dict[str, dict[int, float]]
+    sizes: dict[str, dict[float, float]]
     """Estimated compressed bytes, by name, then bits."""
     rest_bytes: float
     """Estimated compressed bytes of `rest`."""
@@ -53,7 +53,7 @@ class Made:
 
 
 def make(
-    model: GPT, hessians: dict[str, Tensor], widths: Iterable[int], quant: QuantConfig
+    model: GPT, hessians: dict[str, Tensor], widths: Iterable[float], quant: QuantConfig
 ) -> Made:
     """Quantize every matrix at every width. Raises RunError if a Hessian cannot be used."""
     weights = model.matrices()

@@ -13,7 +13,7 @@ from trainer.folder import RunFolder
 from trainer.model import GPT
 from trainer.progress import log
 from trainer.prune import SLACK_SHARE, prune_to_fit
-from trainer.quantize import QuantizedMatrix, quantize_matrices, with_matrices
+from trainer.quantize import quantize_matrices, with_matrices
 
 
 def quantize_run(
@@ -44,33 +44,35 @@ def quantize_run(
     sensitivities = allocate.sensitivity(hessians)
     order = allocate.ranked(sensitivities)
     quant = config.quant
-    damages: dict[str, dict[int, float]] = {}
-    if quant.bits == "budgeted":
-        matrices, errors = _budgeted(model, hessians, order, quant)
-    elif quant.bits == "measured":
-        matrices, errors, damages = _measured(model, hessians, calibration_BT, quant)
+    damages: dict[str, dict[float, float]] = {}
+    if quant.bits in ("budgeted", "measured"):
+        if quant.bits == "budgeted":
+            made, bits = _budgeted(model, hessians, order, quant)
+        else:
+            made, bits, damages = _measured(model, hessians, calibration_BT, quant)
+        packed, errors = made.chosen(bits), made.chosen_errors(bits)
     else:
         bits = allocate.bits_with(order, allocate.fixed_count(quant, len(order)))
         matrices, errors = quantize_matrices(model.matrices(), hessians, bits, quant)
-    packed = with_matrices(model, matrices)
+        packed = with_matrices(model, matrices)
     files.write_bytes(path, artifact.pack(packed, quality=artifact.QUICK_QUALITY))
     return {
         "matrices": [
             {
                 "name": name,
-                "bits": matrices[name].bits,
+                "bits": bits[name],
                 "sensitivity": sensitivities[name],
                 "error": errors[name],
                 **({"damage": damages[name]} if damages else {}),
             }
-            for name in matrices
+            for name in bits
         ]
     }
 
 
 def _budgeted(
     model: GPT, hessians: dict[str, Tensor], order: list[str], quant: QuantConfig
-) -> tuple[dict[str, QuantizedMatrix], dict[str, float]]:
+) -> tuple[budget.Made, budget.Bits]:
     """As many of the most sensitive matrices in int6 as fit beside the code."""
     made = budget.make(model, hessians, (5, 6), quant)
     bits = budget.largest_fit(
@@ -81,12 +83,12 @@ def _budgeted(
         lambda bits: made.packed_bytes(bits, quant.compressor),
     )
     log(f"budget: {sum(b == 6 for b in bits.values())} of {len(order)} matrices in int6")
-    return made.chosen(bits).matrices, made.chosen_errors(bits)
+    return made, bits
 
 
 def _measured(
     model: GPT, hessians: dict[str, Tensor], calibration_BT: Tensor, quant: QuantConfig
-) -> tuple[dict[str, QuantizedMatrix], dict[str, float], dict[str, dict[int, float]]]:
+) -> tuple[budget.Made, budget.Bits, dict[str, dict[float, float]]]:
     """4 to 8 bits each, for the least damage that fits beside the code; and every damage."""
     made = budget.make(model, hessians, allocate.WIDTHS, quant)
     text_BT = calibration_BT[: damage.SEQUENCES].to(model.qo_bank.device)
@@ -101,10 +103,10 @@ def _measured(
         lambda bits: made.packed_bytes(bits, quant.compressor),
         slack_bytes=int(SLACK_SHARE * limit),
     )
-    widths = ", ".join(f"{n} int{b}" for b, n in sorted(Counter(bits.values()).items()))
+    widths = ", ".join(f"{n} int{b:g}" for b, n in sorted(Counter(bits.values()).items()))
     nats = sum(damages[name][b] for name, b in bits.items())
     log(f"measured: {widths}; {nats:.5f} nats per token expected of all together")
-    return made.chosen(bits).matrices, made.chosen_errors(bits), damages
+    return made, bits, damages
 
 
 def write_artifact(config: RunConfig, folder: RunFolder) -> dict[str, Any]:

@@ -49,8 +49,8 @@ def precise_logits(model: GPT, ids_BT: Tensor) -> Tensor:
 
 @torch.no_grad()
 def damage(
-    model: GPT, ids_BT: Tensor, made: dict[int, dict[str, QuantizedMatrix]]
-) -> dict[str, dict[int, float]]:
+    model: GPT, ids_BT: Tensor, made: dict[float, dict[str, QuantizedMatrix]]
+) -> dict[str, dict[float, float]]:
     """Nats per token that each matrix alone costs at each number of bits.
 
     Args:
@@ -81,7 +81,7 @@ def damage(
             with exchanged(matrices[name], made[bits][name]):
                 losses.append(loss() - whole)
             advance()
-    found: dict[str, dict[int, float]] = {name: {} for name in matrices}
+    found: dict[str, dict[float, float]] = {name: {} for name in matrices}
     for (name, bits), nats in zip(tries, torch.stack(losses).tolist(), strict=True):
         found[name][bits] = nats
     return found

@@ -30,18 +30,18 @@ class Rounded:
     """float32: tr((W-Q) H (W-Q)^T)."""
 
 
-def top_code(bits: int) -> int:
-    """Largest code of a symmetric grid: 15 for int5, 31 for int6, 127 for int8."""
-    return 2 ** (bits - 1) - 1
+def top_code(bits: float) -> int:
+    """Largest code of a symmetric grid: 15 for int5, 31 for int6, 127 for int8; 22 for 5.5 bits."""
+    return round(2 ** (bits - 1)) - 1
 
 
-def row_scales(w_NRC: Tensor, bits: int, percentile: float) -> Tensor:
+def row_scales(w_NRC: Tensor, bits: float, percentile: float) -> Tensor:
     """float16 [N, R]: the row's |w| at `percentile`, spread over the codes."""
     clip_NR = torch.stack([torch.quantile(w.abs(), percentile, dim=-1) for w in w_NRC])
     return (clip_NR / top_code(bits)).to(torch.float16)
 
 
-def round_to_nearest(w_NRC: Tensor, scales_NR: Tensor, bits: int) -> Tensor:
+def round_to_nearest(w_NRC: Tensor, scales_NR: Tensor, bits: float) -> Tensor:
     """Nearest codes, int8 [N, R, C]; a row of scale 0 is all zeros."""
     return _codes(w_NRC, _usable(scales_NR).unsqueeze(-1), bits).to(torch.int8)
 
@@ -55,7 +55,7 @@ def weighted_error(w_NRC: Tensor, codes: Tensor, scales: Tensor, h_NCC: Tensor) 
 def gptq(
     w_NRC: Tensor,
     h_NCC: Tensor,
-    bits: int,
+    bits: float,
     *,
     clip_percentiles: Sequence[float],
     damping: float,
@@ -69,7 +69,7 @@ def gptq(
     Args:
         w_NRC: weights, float32.
         h_NCC: Hessians, float32, positive semi-definite.
-        bits: 5 or 6 in the record.
+        bits: 5 or 6 in the record; halves are grids between.
         clip_percentiles: row clips to try, as fractions.
         damping: share of the mean diagonal added to the diagonal.
         block_columns: columns between updates of the rest.
@@ -82,11 +82,10 @@ def gptq(
     order_NC = h_NCC.diagonal(dim1=-2, dim2=-1).argsort(dim=-1, descending=True, stable=True)
     factor_NCC = _inverse_factor(_permuted(h_NCC, order_NC), damping)
     columns = order_NC.unsqueeze(1).expand_as(w_NRC)
-    sorted_NRC = w_NRC.gather(-1, columns)
+    scales_SNR = torch.stack([row_scales(w_NRC, bits, p) for p in clip_percentiles])
+    solved_SNRC = _solve(w_NRC.gather(-1, columns), factor_NCC, scales_SNR, bits, block_columns)
     best: Rounded | None = None
-    for percentile in clip_percentiles:
-        scales = row_scales(w_NRC, bits, percentile)
-        solved = _solve(sorted_NRC, factor_NCC, scales, bits, block_columns)
+    for scales, solved in zip(scales_SNR, solved_SNRC, strict=True):
         unsorted = torch.empty_like(solved).scatter_(-1, columns, solved)
         for codes in (unsorted, round_to_nearest(w_NRC, scales, bits)):
             found = Rounded(codes, scales, weighted_error(w_NRC, codes, scales, h_NCC))
@@ -100,7 +99,7 @@ def _usable(scales: Tensor) -> Tensor:
     return torch.where(scales > 0, scales.float(), torch.inf)
 
 
-def _codes(w: Tensor, scales: Tensor, bits: int) -> Tensor:
+def _codes(w: Tensor, scales: Tensor, bits: float) -> Tensor:
     top = top_code(bits)
     return torch.round(w / scales).clamp_(-top, top)
 
@@ -151,12 +150,15 @@ def _inverse_factor(h_NCC: Tensor, damping: float) -> Tensor:
 
 
 def _solve(
-    w_NRC: Tensor, u_NCC: Tensor, scales_NR: Tensor, bits: int, block_columns: int
+    w_NRC: Tensor, u_NCC: Tensor, scales_SNR: Tensor, bits: float, block_columns: int
 ) -> Tensor:
-    """GPTQ's sweep over the columns as given; int8 codes [N, R, C]."""
-    w = w_NRC.clone()
+    """GPTQ's sweep over the columns as given, for all clips at once; int8 codes [S, N, R, C].
+
+    Its time on a GPU is that of thousands of small launches, so they are shared.
+    """
+    w = w_NRC.expand(len(scales_SNR), *w_NRC.shape).clone()
     codes = torch.empty(w.shape, dtype=torch.int8, device=w.device)
-    usable, real = _usable(scales_NR), scales_NR.float()
+    usable, real = _usable(scales_SNR), scales_SNR.float()
     columns = w.shape[-1]
     for start in range(0, columns, block_columns):
         stop = min(start + block_columns, columns)

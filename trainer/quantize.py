@@ -1,11 +1,12 @@
 """A trained model to integer codes and back.
 
-The matrices of the banks go through GPTQ in int5 or int6; embedding tables of more than 65,536
+The matrices of the banks go through GPTQ in int4 to int8; embedding tables of more than 65,536
 entries get int8 rows; everything smaller is kept in float16.
 
 Letters: N matrices of one shape, R rows, C columns, L layers.
 """
 
+import math
 from collections import defaultdict
 from dataclasses import dataclass, field
 
@@ -30,6 +31,7 @@ class QuantizedMatrix:
     codes_RC: Tensor
     scales_R: Tensor
     bits: int
+    """Whole bits that hold every code; a grid of 4.5 bits is stored as int5."""
 
     def decoded(self) -> Tensor:
         """Weights [R, C], float32."""
@@ -52,7 +54,7 @@ class QuantizedModel:
 def quantize_matrices(
     matrices: dict[str, Tensor],
     hessians: dict[str, Tensor],
-    bits: dict[str, int],
+    bits: dict[str, float],
     config: QuantConfig,
 ) -> tuple[dict[str, QuantizedMatrix], dict[str, float]]:
     """GPTQ of every matrix, equal shapes together, where the weights are (a GPU if there).
@@ -63,7 +65,7 @@ def quantize_matrices(
     Raises:
         RunError: a Hessian cannot be used.
     """
-    groups: dict[tuple[torch.Size, int], list[str]] = defaultdict(list)
+    groups: dict[tuple[torch.Size, float], list[str]] = defaultdict(list)
     for name, w in matrices.items():
         groups[w.shape, bits[name]].append(name)
     results: dict[str, QuantizedMatrix] = {}
@@ -80,7 +82,7 @@ def quantize_matrices(
             )
             codes, scales = rounded.codes_NRC.cpu(), rounded.scales_NR.cpu()
             for i, name in enumerate(names):
-                results[name] = QuantizedMatrix(codes[i], scales[i], width)
+                results[name] = QuantizedMatrix(codes[i], scales[i], math.ceil(width))
                 errors[name] = rounded.errors_N[i].item()
             advance(len(names))
     return {name: results[name] for name in matrices}, errors

@@ -13,6 +13,7 @@ import matplotlib.pyplot as plt
 from matplotlib.figure import Figure
 
 from trainer import files, legality
+from trainer.allocate import WIDTHS
 from trainer.config import MICRO_BATCHES, RECORD_STEPS, RunConfig
 from trainer.folder import RunFolder
 from trainer.held_out import CLOSED_STAGES
@@ -281,11 +282,10 @@ def _bits_plot(matrices: list[dict[str, Any]]) -> Figure:
     """Sensitivity of every matrix, coloured by its bits."""
     ranked = sorted(matrices, key=lambda m: -m["sensitivity"])
     figure, axes = plt.subplots(figsize=(max(8.0, 0.17 * len(ranked)), 4.5))
-    colours = {4: "C2", 5: "C0", 6: "C1", 7: "C3", 8: "C4"}
     for bits in sorted({m["bits"] for m in ranked}):
         at = [i for i, m in enumerate(ranked) if m["bits"] == bits]
         heights = [ranked[i]["sensitivity"] for i in at]
-        axes.bar(at, heights, color=colours[bits], label=f"int{bits}")
+        axes.bar(at, heights, color=f"C{WIDTHS.index(bits)}", label=f"int{bits:g}")
     names = [m["name"].removeprefix("blocks.") for m in ranked]
     axes.set_xticks(range(len(ranked)), names, rotation=90, fontsize=6)
     axes.set(ylabel="trace of the Hessian", title="Bits per matrix, most sensitive first")

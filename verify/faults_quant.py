@@ -59,8 +59,8 @@ FAULTS = [
     Fault(
         "trainer/gptq.py",
         "grid one code too wide",
-        "return 2 ** (bits - 1) - 1",
-        "return 2 ** (bits - 1)",
+        "return round(2 ** (bits - 1)) - 1",
+        "return round(2 ** (bits - 1))",
         _QUANT,
     ),
     Fault(

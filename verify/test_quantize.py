@@ -27,7 +27,7 @@ from verify.tolerance import check, relative_error, rounding_budget
 
 FLOAT = torch.float32
 WHOLE = {"clip_percentiles": (1.0,), "damping": 0.01, "block_columns": 128}
-widths = st.sampled_from([5, 6])
+widths = st.sampled_from([4.5, 5, 6])
 
 
 def _hessian(kind: str, columns: int, generator: torch.Generator) -> Tensor:
@@ -47,11 +47,11 @@ def _hessian(kind: str, columns: int, generator: torch.Generator) -> Tensor:
 KINDS = ["random", "rank deficient", "dead columns", "ill-conditioned", "zero"]
 
 
-@pytest.mark.parametrize("bits", [5, 6, 8])
+@pytest.mark.parametrize("bits", [4, 5, 6, 8])
 def test_every_code_round_trips(bits: int) -> None:
     """Every code of int5, int6 and int8 survives decoding and rounding, with its own scale."""
     top = top_code(bits)
-    assert top == {5: 15, 6: 31, 8: 127}[bits]
+    assert top == {4: 7, 5: 15, 6: 31, 8: 127}[bits]
     codes = torch.arange(-top, top + 1, dtype=torch.int8)[None]
     for scale in (1.0, 0.0123, 6e-5, 100.0):
         matrix = QuantizedMatrix(codes, torch.tensor([scale]).half(), bits)
@@ -59,8 +59,16 @@ def test_every_code_round_trips(bits: int) -> None:
         assert torch.equal(again, codes)
 
 
+def test_half_bits_lie_midway() -> None:
+    """A grid of half a bit has 2^-0.5 as many codes a side as the next whole one."""
+    assert [top_code(b) for b in (4.5, 5.5, 6.5)] == [10, 22, 44]
+    assert all(abs(top_code(b - 0.5) / top_code(b) - 0.5**0.5) < 0.05 for b in (5, 6, 7))
+
+
 @given(seed=st.integers(0, 999), bits=widths, percentile=st.sampled_from([0.9, 0.999, 1.0]))
-def test_rounding_errs_half_a_step_inside_the_clip(seed: int, bits: int, percentile: float) -> None:
+def test_rounding_errs_half_a_step_inside_the_clip(
+    seed: int, bits: float, percentile: float
+) -> None:
     """Plain rounding errs at most half a step inside the clip range, and clips outside it."""
     w = torch.randn(1, 6, 40, generator=torch.Generator().manual_seed(seed))
     scales = row_scales(w, bits, percentile)
@@ -75,7 +83,7 @@ def test_rounding_errs_half_a_step_inside_the_clip(seed: int, bits: int, percent
 
 
 @given(seed=st.integers(0, 999), bits=widths)
-def test_identity_hessian_is_plain_rounding(seed: int, bits: int) -> None:
+def test_identity_hessian_is_plain_rounding(seed: int, bits: float) -> None:
     """With an identity Hessian GPTQ is plain rounding, code by code."""
     w = torch.randn(2, 5, 24, generator=torch.Generator().manual_seed(seed))
     eye = torch.eye(24).expand(2, 24, 24)
@@ -85,7 +93,7 @@ def test_identity_hessian_is_plain_rounding(seed: int, bits: int) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 @given(seed=st.integers(0, 999), bits=widths)
-def test_gptq_is_never_worse_than_plain_rounding(kind: str, seed: int, bits: int) -> None:
+def test_gptq_is_never_worse_than_plain_rounding(kind: str, seed: int, bits: float) -> None:
     """GPTQ's Hessian-weighted error is at most plain rounding's, on any Hessian."""
     generator = torch.Generator().manual_seed(seed)
     w = torch.randn(2, 6, 20, generator=generator)
@@ -120,9 +128,9 @@ def test_gptq_improves_on_correlated_inputs(seed: int) -> None:
     assert (result.errors_N < 0.75 * plain).all()
 
 
-def _slow_gptq(w: np.ndarray, h: np.ndarray, bits: int, damping: float) -> np.ndarray:
+def _slow_gptq(w: np.ndarray, h: np.ndarray, bits: float, damping: float) -> np.ndarray:
     """GPTQ of one matrix from the paper, in float64: a matrix inverse again for every column."""
-    columns, top = w.shape[1], 2 ** (bits - 1) - 1
+    columns, top = w.shape[1], top_code(bits)
     scale = np.float16(np.abs(w).max(axis=1) / top).astype(np.float64)
     order = sorted(range(columns), key=lambda j: (-h[j, j], j))
     damped = h + damping * np.mean(np.diag(h)) * np.eye(columns)
@@ -143,7 +151,7 @@ def _slow_gptq(w: np.ndarray, h: np.ndarray, bits: int, damping: float) -> np.nd
     block=st.sampled_from([3, 8, 128]),
     damping=st.sampled_from([0.01, 1.0]),
 )
-def test_gptq_equals_the_papers_update(seed: int, bits: int, block: int, damping: float) -> None:
+def test_gptq_equals_the_papers_update(seed: int, bits: float, block: int, damping: float) -> None:
     """Codes equal a direct float64 program of the paper that re-inverts H for every column.
 
     Where the two differ, it must be by a rounding tie: the weights before rounding lie within

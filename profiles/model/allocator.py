@@ -22,7 +22,7 @@ from trainer.progress import progress
 from trainer.prune import SLACK_SHARE
 from trainer.quantize import QuantizedModel, dequantize
 
-Damages = dict[str, dict[int, float]]
+Damages = dict[str, dict[float, float]]
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class Scheme:
     @property
     def widths(self) -> str:
         """How many matrices have how many bits: `56 int5, 10 int6`."""
-        return ", ".join(f"{n} int{b}" for b, n in sorted(Counter(self.bits.values()).items()))
+        return ", ".join(f"{n} int{b:g}" for b, n in sorted(Counter(self.bits.values()).items()))
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ class Packer:
     def __init__(self, made: Made, subject: Subject, pool: ThreadPoolExecutor) -> None:
         self.made, self.pool = made, pool
         self.compressor: Compressor = subject.config.quant.compressor
-        self._sizes: dict[tuple[int, ...], Future[int]] = {}
+        self._sizes: dict[tuple[float, ...], Future[int]] = {}
 
     def start(self, bits: Bits) -> Future[int]:
         """Begin to compress, if not begun before."""

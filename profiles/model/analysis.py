@@ -43,7 +43,7 @@ class Options:
     """Held-out tokens to look at; none: 1,048,576 on a GPU, 32,768 on a CPU."""
     sweep_tokens: int | None = None
     """How many of these each matrix alone is tried on; none: 131,072 on a GPU, 4,096 on a CPU."""
-    widths: tuple[int, ...] = (5, 6)
+    widths: tuple[float, ...] = (5, 6)
     """Bits that each matrix alone is tried at on held-out text."""
     limit_bytes: int | None = None
     """Limit on artifact plus code in the table of schemes; none: the run's."""
@@ -96,7 +96,7 @@ class _Stopwatch:
 
 
 def analyse(
-    subject: Subject, sweep: Subject, widths: tuple[int, ...], limit_bytes: int
+    subject: Subject, sweep: Subject, widths: tuple[float, ...], limit_bytes: int
 ) -> Findings:
     """Every figure there is.
 
@@ -135,7 +135,7 @@ def analyse(
             schemes = allocator.judge(subject, packer, chosen, expected, whole_B, limit_bytes)
     trace = allocate.sensitivity(subject.hessians)
     measures = sensitivity.measures(made, expected)
-    measures[f"held-out change at int{min(widths)}"] = {
+    measures[f"held-out change at int{min(widths):g}"] = {
         name: change_B.mean().item() for name, change_B in changes[min(widths)].items()
     }
     on_gpu = subject.inputs_BT.is_cuda

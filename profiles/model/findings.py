@@ -40,13 +40,13 @@ class Findings:
     loss: Estimate
     """Held-out loss of the unquantized model."""
     ranks: dict[str, Rank]
-    held_out: dict[int, dict[str, Estimate]]
+    held_out: dict[float, dict[str, Estimate]]
     """Change of the held-out loss when one matrix is quantized, by bits, then matrix."""
-    held_out_by_kind: dict[int, dict[str, Estimate]]
+    held_out_by_kind: dict[float, dict[str, Estimate]]
     """The same, summed over layers; also MLP, attention and all."""
-    expected: dict[str, dict[int, float]]
+    expected: dict[str, dict[float, float]]
     """Expected damage on the model's own text, by matrix, then bits."""
-    sizes: dict[str, dict[int, float]]
+    sizes: dict[str, dict[float, float]]
     """Estimated compressed bytes, likewise."""
     trace: ByMatrix
     agreements: list[Agreement]

@@ -84,11 +84,11 @@ def _sensitivity(found: Findings) -> Figure:
     figure, axes = _side_by_side(len(found.held_out) + len(measured), layers)
     for a, bits in zip(axes, found.held_out, strict=False):
         grid = _grid({n: 1e5 * d[bits] for n, d in found.expected.items()})
-        title = f"int{bits}: damage, 1e-5 nats"
+        title = f"int{bits:g}: damage, 1e-5 nats"
         _heatmap(a, grid, list(KINDS), title, ".1f", logarithmic=True)
     for a, scheme in zip(axes[len(found.held_out) :], measured, strict=True):
-        grid = _grid({n: float(b) for n, b in scheme.bits.items()})
-        _heatmap(a, grid, list(KINDS), f"bits: {scheme.name}", ".0f", (4, 8))
+        grid = _grid(scheme.bits)
+        _heatmap(a, grid, list(KINDS), f"bits: {scheme.name}", "g", (4, 8))
     return figure
 
 
@@ -122,7 +122,7 @@ def _proxy(found: Findings) -> Figure:
             label=label,
         )
     axes.set(xscale="log", yscale="log", xlabel="trace(H), squared size of the inputs")
-    axes.set_ylabel(f"expected damage at int{bits}, nats per token")
+    axes.set_ylabel(f"expected damage at int{bits:g}, nats per token")
     rho = next(a.spearman for a in found.agreements if a.proxy == "trace(H)")
     axes.set_title(f"Does trace(H) foretell the damage? Spearman {rho:+.2f}")
     axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.01, 0.5))

@@ -36,8 +36,8 @@ def layer(name: str) -> int:
 
 
 def held_out_changes(
-    subject: Subject, made: Made, whole_B: Tensor, widths: tuple[int, ...]
-) -> dict[int, dict[str, Tensor]]:
+    subject: Subject, made: Made, whole_B: Tensor, widths: tuple[float, ...]
+) -> dict[float, dict[str, Tensor]]:
     """Change of every window's mean loss, float64 [B] on the CPU, by bits, then matrix.
 
     Args:
@@ -54,7 +54,7 @@ def held_out_changes(
             with exchanged(matrices[name], made.matrices[bits][name]):
                 changes.append(window_nats(subject) - whole_B)
             advance()
-    found: dict[int, dict[str, Tensor]] = {bits: {} for bits in widths}
+    found: dict[float, dict[str, Tensor]] = {bits: {} for bits in widths}
     for (bits, name), change_B in zip(tries, torch.stack(changes).cpu(), strict=True):
         found[bits][name] = change_B
     return found
@@ -98,7 +98,7 @@ def agreement(
     return found
 
 
-def measures(made: Made, damages: dict[str, dict[int, float]]) -> dict[str, ByMatrix]:
+def measures(made: Made, damages: dict[str, dict[float, float]]) -> dict[str, ByMatrix]:
     """What promotion from int5 to int6 is worth, seen in three ways, from the expected damage."""
     saved = {name: d[5] - d[6] for name, d in damages.items()}
     return {

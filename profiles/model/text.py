@@ -110,7 +110,7 @@ def _sensitivity(found: Findings) -> str:
         ]
         headings = ("matrices", "held out, nats", "share", "expected, nats", "share")
         sections.append(
-            f"int{bits}, each matrix alone on {found.text.sweep_windows} windows, summed over "
+            f"int{bits:g}, each matrix alone on {found.text.sweep_windows} windows, summed over "
             "layers:"
         )
         sections.append(table(headings, rows))
