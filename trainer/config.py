@@ -19,7 +19,7 @@ SIZE_LIMIT_BYTES = 16_000_000
 """The contest's limit on artifact plus code, decimal."""
 
 MlpBackend = Literal["reference", "triton", "cutlass"]
-AttentionBackend = Literal["sdpa", "cudnn"]
+AttentionBackend = Literal["sdpa", "cudnn", "flash4"]
 PassesBackend = Literal["reference", "triton"]
 SlotMode = Literal["off", "context", "shared"]
 """off: plain scoring."""
@@ -263,7 +263,7 @@ class RunConfig:
     mlp: MlpBackend = "cutlass"
     """Fused MLP implementation; there is no fallback to another."""
     attention: AttentionBackend = "cudnn"
-    """Attention implementation: cuDNN's, or torch's own choice."""
+    """Attention implementation: cuDNN's, FlashAttention for Hopper, or torch's own choice."""
     passes: PassesBackend = "triton"
     """What lies between the products (sums, norms, rotary, XSA): plain PyTorch or fused kernels."""
     compile: bool = True

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from kernels import flash4
 from trainer.config import AttentionBackend, ModelConfig
 
 
@@ -33,8 +34,12 @@ def causal_attention(
     """Causal grouped-query attention, scale 1/sqrt(K); returns [B, T, H, K].
 
     Raises:
-        RuntimeError: `cudnn` was named and cuDNN cannot run these inputs.
+        ValueError: `flash4` was named and cannot take these inputs.
+        RuntimeError: `cudnn` was named and cuDNN cannot run these inputs, or `flash4` and its
+            package or a Hopper GPU is missing.
     """
+    if backend == "flash4":
+        return flash4.attention(q_BTHK, k_BTGK, v_BTGK)
     q, k, v = (x.transpose(1, 2) for x in (q_BTHK, k_BTGK, v_BTGK))
     if backend == "cudnn":
         with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):

@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 
+from kernels.flash4 import require_flash4
 from kernels.mlp import require_backend
 from kernels.passes import require_passes
 from trainer import artifact, calibrate, checkpoint, corpus, quantize
@@ -36,8 +37,7 @@ def preflight(config: RunConfig) -> None:
             "device cuda was asked for, but torch finds no CUDA GPU. "
             "Run `python -m trainer smoke` for the CPU preset."
         )
-    if config.device == "cpu" and config.attention == "cudnn":
-        raise ConfigError("attention cudnn needs --device cuda; on a CPU use --attention sdpa")
+    _check_attention(config)
     if config.train.sequences_per_step % 8:
         raise ConfigError(
             f"train.sequences-per-step {config.train.sequences_per_step} must be a multiple of 8"
@@ -63,6 +63,21 @@ def preflight(config: RunConfig) -> None:
         )
     except ValueError as error:
         raise ConfigError(f"--passes {config.passes} cannot run here: {error}") from error
+
+
+def _check_attention(config: RunConfig) -> None:
+    """The chosen attention can run here. Raises ConfigError."""
+    name = config.attention
+    if config.device == "cpu" and name != "sdpa":
+        raise ConfigError(f"attention {name} needs --device cuda; on a CPU use --attention sdpa")
+    if name != "flash4":
+        return
+    if config.compute_dtype != "bfloat16":
+        raise ConfigError("attention flash4 needs --compute-dtype bfloat16; for float32 use sdpa")
+    try:
+        require_flash4(config.device)
+    except RuntimeError as error:
+        raise ConfigError(f"--attention flash4 cannot run here: {error}") from error
 
 
 def new_model(config: RunConfig, device: torch.device) -> GPT:

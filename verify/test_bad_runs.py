@@ -33,6 +33,7 @@ def _error(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
         (["smoke", "--model.width", "100", "--model.query-heads", "3"], "must divide"),
         (["smoke", "--train.sequences-per-step", "12"], "multiple of 8"),
         (["smoke", "--attention", "cudnn"], "--attention sdpa"),
+        (["smoke", "--attention", "flash4"], "--attention sdpa"),
         (["smoke", "--mlp", "triton"], "--mlp"),
         (["smoke", "--passes", "triton"], "--passes triton"),
         (["smoke", "--eval.stride", "300"], "1..256"),

@@ -1,0 +1,174 @@
+"""FlashAttention for Hopper as torch operators, opaque to the compiler.
+
+The kernels are those of the PyPI package flash-attn-4 (CuTe DSL), which compiles them on first use
+in a few seconds. They are called below the package's own autograd function, which hides neither
+its output's shape nor its branches from torch.compile; those entry points are private, so one
+version of the package is asked for.
+
+Its backward pass adds dQ, and dK and dV of a group, in float32 in no fixed order: gradients differ
+in their last bits from run to run.
+
+Letters: B windows, T positions, H query heads, G key/value heads, K head size.
+"""
+
+import importlib
+from functools import cache
+from importlib import metadata
+from typing import Any
+
+import torch
+from torch import Tensor
+
+VERSION = "4.0.0b36"
+INSTALL = f'pip install "flash-attn-4[cu13]=={VERSION}"'
+
+
+def attention(q_BTHK: Tensor, k_BTGK: Tensor, v_BTGK: Tensor) -> Tensor:
+    """Causal grouped-query attention, scale 1/sqrt(K); differentiable; contiguous [B, T, H, K].
+
+    Args:
+        q_BTHK: bfloat16 on a Hopper GPU, G divides H; heads may lie at any distance of 16 bytes.
+        k_BTGK, v_BTGK: likewise; v may be columns of a wider tensor, and is not copied.
+
+    Raises:
+        ValueError: an argument does not fit; the message names it.
+        RuntimeError: the package is missing or of another version, or the GPU is not Hopper.
+    """
+    return flash_attention(q_BTHK, k_BTGK, v_BTGK)[0]
+
+
+def require_flash4(device: str) -> None:
+    """Check that the kernels can run on `device` ("cpu" or "cuda") before any work is done.
+
+    Raises:
+        ValueError: a CPU.
+        RuntimeError: the package is missing or of another version, or the GPU is not Hopper.
+    """
+    if device != "cuda":
+        raise ValueError("attention 'flash4' needs a CUDA device; on a CPU choose 'sdpa'")
+    interface()
+    require_hopper(torch.device("cuda"))
+
+
+@cache
+def interface() -> Any:
+    """The package's module of entry points, imported once (5 s). Raises RuntimeError."""
+    try:
+        # By name: the packed submission lists what is imported as required, and this is optional.
+        found = metadata.version("flash-attn-4")
+        if found != VERSION:
+            raise RuntimeError(
+                f"attention 'flash4' calls flash-attn-4 {VERSION} by its private functions, but "
+                f"{found} is installed; install it with `{INSTALL}`"
+            )
+        return importlib.import_module("flash_attn.cute.interface")
+    except ImportError as error:
+        raise RuntimeError(
+            f"attention 'flash4' cannot import flash-attn-4 ({error}); install it with `{INSTALL}`"
+        ) from error
+
+
+@cache
+def require_hopper(device: torch.device) -> None:
+    """The GPU must be Hopper, the only one these calls were checked on. Raises RuntimeError."""
+    capability = torch.cuda.get_device_capability(device)
+    if capability != (9, 0):
+        raise RuntimeError(
+            f"{torch.cuda.get_device_name(device)} has compute capability "
+            f"{capability[0]}.{capability[1]}; attention 'flash4' needs 9.0 (Hopper). "
+            "Choose 'cudnn' here."
+        )
+
+
+def misfit(tensor: Tensor) -> str | None:
+    """What the kernels cannot read in a layout [B, T, heads, K]; the package would copy it."""
+    apart = [s for s, n in zip(tensor.stride()[:3], tensor.shape[:3], strict=True) if n > 1]
+    if tensor.stride(3) != 1 or tensor.data_ptr() % 16 or any(s % 8 for s in apart):
+        return "must have contiguous heads at multiples of 16 bytes; call .contiguous() on it"
+    return None
+
+
+def check_heads(**tensors: Tensor) -> None:
+    """Tensors [B, T, heads, K] as the kernels read them, all like the first.
+
+    Raises:
+        ValueError: another type, place, shape or layout; the message names the tensor.
+    """
+    first = next(iter(tensors.values()))
+    for name, tensor in tensors.items():
+        if tensor.dtype != torch.bfloat16:
+            raise ValueError(f"{name} must be bfloat16, not {tensor.dtype}")
+        if not tensor.is_cuda or tensor.device != first.device:
+            raise ValueError(f"{name} is on {tensor.device}; all must be on one CUDA device")
+        if tensor.ndim != 4 or 0 in tensor.shape:
+            raise ValueError(f"{name} {tuple(tensor.shape)} must be [B, T, heads, K], not empty")
+        sizes = (*tensor.shape[:2], tensor.shape[3])
+        if sizes != (*first.shape[:2], first.shape[3]) or first.shape[2] % tensor.shape[2]:
+            raise ValueError(
+                f"{name} {tuple(tensor.shape)} does not fit queries {tuple(first.shape)}"
+            )
+        if (reason := misfit(tensor)) is not None:
+            raise ValueError(f"{name} {reason}")
+
+
+@torch.library.custom_op("fairway::flash_attention", mutates_args=())
+def flash_attention(q_BTHK: Tensor, k_BTGK: Tensor, v_BTGK: Tensor) -> tuple[Tensor, Tensor]:
+    """Output [B, T, H, K] and logarithm of each row's sum, float32 [B, H, T]; see `attention`."""
+    check_heads(q=q_BTHK, k=k_BTGK, v=v_BTGK)
+    require_hopper(q_BTHK.device)
+    with torch.cuda.device_of(q_BTHK):
+        out, lse, *_ = interface()._flash_attn_fwd(
+            q_BTHK, k_BTGK, v_BTGK, causal=True, return_lse=True
+        )
+    return out, lse
+
+
+@flash_attention.register_fake
+def _(q_BTHK: Tensor, k_BTGK: Tensor, v_BTGK: Tensor) -> tuple[Tensor, Tensor]:
+    B, T, H, _ = q_BTHK.shape
+    return q_BTHK.new_empty(q_BTHK.shape), q_BTHK.new_empty((B, H, T), dtype=torch.float32)
+
+
+@torch.library.custom_op("fairway::flash_attention_backward", mutates_args=())
+def flash_attention_backward(
+    grad_BTHK: Tensor,
+    q_BTHK: Tensor,
+    k_BTGK: Tensor,
+    v_BTGK: Tensor,
+    out_BTHK: Tensor,
+    lse_BHT: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients at q, k and v, contiguous whatever the layout of those. Raises as `attention`."""
+    check_heads(q=q_BTHK, k=k_BTGK, v=v_BTGK, grad=grad_BTHK, out=out_BTHK)
+    grads = tuple(t.new_empty(t.shape) for t in (q_BTHK, k_BTGK, v_BTGK))
+    dq, dk, dv = grads
+    with torch.cuda.device_of(q_BTHK):
+        interface()._flash_attn_bwd(
+            q_BTHK, k_BTGK, v_BTGK, out_BTHK, grad_BTHK, lse_BHT, causal=True, dq=dq, dk=dk, dv=dv
+        )
+    return dq, dk, dv
+
+
+@flash_attention_backward.register_fake
+def _(
+    grad_BTHK: Tensor,
+    q_BTHK: Tensor,
+    k_BTGK: Tensor,
+    v_BTGK: Tensor,
+    out_BTHK: Tensor,
+    lse_BHT: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    dq, dk, dv = (t.new_empty(t.shape) for t in (q_BTHK, k_BTGK, v_BTGK))
+    return dq, dk, dv
+
+
+def _save(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, Tensor]) -> None:
+    ctx.save_for_backward(*inputs, *output)
+
+
+def _backward(ctx: Any, grad_BTHK: Tensor, _grad_lse: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The row sums stay inside `attention`, so no gradient comes through them."""
+    return flash_attention_backward(grad_BTHK.contiguous(), *ctx.saved_tensors)
+
+
+flash_attention.register_autograd(_backward, setup_context=_save)
