@@ -27,15 +27,10 @@ from bench import launch
 from bench.agreement import BLOCK_STEPS, LIMIT, Agreement, compare
 from bench.scaling_worker import Job
 from trainer import files
+from trainer.config import AttentionBackend
 from trainer.errors import ConfigError, FairwayError
 
-OLD, NEW, PERMUTED = "old path", "new path", "old path, permuted windows"
-RUNS: dict[str, tuple[tuple[str, ...], int | None]] = {
-    OLD: (("--passes", "reference"), None),
-    NEW: ((), None),
-    PERMUTED: (("--passes", "reference"), 1),
-}
-"""Overrides of every run, and the permutation of its windows."""
+OLD, PERMUTED = "old path", "old path, permuted windows"
 
 
 @dataclass(frozen=True)
@@ -44,12 +39,26 @@ class Arguments:
 
     steps: int = 200
     """Steps of each run."""
+    attentions: tuple[AttentionBackend, ...] = ("cudnn",)
+    """Attention of the new path; a curve each."""
     data: Path | None = None
     """Folder of shards and tokenizer; none: the embedded corpus."""
     out: Path = Path("runs/loss_curves.json")
     """JSON file for the result; a picture comes beside it."""
     limit_s: float = 420.0
     """Seconds after which the runs are given up."""
+
+
+def new_path(attention: AttentionBackend) -> str:
+    """What the curve of the new path with this attention is called."""
+    return f"new path, {attention}"
+
+
+def runs(attentions: tuple[AttentionBackend, ...]) -> dict[str, tuple[tuple[str, ...], int | None]]:
+    """Overrides of every run, and the permutation of its windows."""
+    old = ("--passes", "reference")
+    new = {new_path(a): (("--attention", a), None) for a in attentions}
+    return {OLD: (old, None), **new, PERMUTED: (old, 1)}
 
 
 def run_all(arguments: Arguments, trainer: list[str], folder: Path) -> dict[str, Any]:
@@ -64,7 +73,7 @@ def run_all(arguments: Arguments, trainer: list[str], folder: Path) -> dict[str,
     data = [] if arguments.data is None else [f"--data.dir={arguments.data}"]
     results: dict[str, Path] = {}
     children: list[launch.Child] = []
-    for number, (name, (overrides, permutation)) in enumerate(RUNS.items()):
+    for number, (name, (overrides, permutation)) in enumerate(runs(arguments.attentions).items()):
         results[name] = folder / f"{number}.result.json"
         options = [*launch.default_preset(), *trainer, *data, *overrides]
         job = Job(options, arguments.steps, 1, permutation, str(results[name]))
@@ -103,30 +112,35 @@ def main(argv: list[str] | None = None) -> int:
     except FairwayError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    return 0 if found.holds else 1
+    return 0 if all(agreement.holds for agreement in found) else 1
 
 
-def _main(arguments: Arguments, trainer: list[str]) -> Agreement:
+def _main(arguments: Arguments, trainer: list[str]) -> list[Agreement]:
     with tempfile.TemporaryDirectory() as name:
         results = run_all(arguments, trainer, Path(name))
     curves = {name: r["losses"] for name, r in results.items()}
-    found = compare(curves[OLD], [curves[PERMUTED]], curves[NEW])
+    found = {
+        name: compare(curves[OLD], [curves[PERMUTED]], curves[name])
+        for name in map(new_path, arguments.attentions)
+    }
     document = {
         "environment": results[OLD]["environment"],
         "trainer": trainer,
         "steps": arguments.steps,
-        "agreement": {**asdict(found), "limit": LIMIT},
+        "agreement": {name: {**asdict(a), "limit": LIMIT} for name, a in found.items()},
         "losses": curves,
     }
     files.write_json(arguments.out, document)
     picture(arguments.out.with_suffix(".png"), curves)
-    print(
-        f"new path against old: {found.rms_nats:.2e} nats apart (root mean square of "
-        f"{arguments.steps} steps), permuted windows {found.yardstick_nats:.2e}; largest block of "
-        f"{BLOCK_STEPS} steps {found.worst:.2f} times the yardstick's, limit {LIMIT:.0f}\n"
-        f"last losses: " + ", ".join(f"{name} {c[-1]:.4f}" for name, c in curves.items())
-    )
-    return found
+    for name, agreement in found.items():
+        print(
+            f"{name}: {agreement.rms_nats:.2e} nats from the old path (root mean square of "
+            f"{arguments.steps} steps), permuted windows {agreement.yardstick_nats:.2e}; largest "
+            f"block of {BLOCK_STEPS} steps {agreement.worst:.2f} times the yardstick's, limit "
+            f"{LIMIT:.0f}"
+        )
+    print("last losses: " + ", ".join(f"{name} {c[-1]:.4f}" for name, c in curves.items()))
+    return list(found.values())
 
 
 if __name__ == "__main__":

@@ -7,13 +7,13 @@ from typing import Any
 import pytest
 
 from bench import loss_curves, passes, step_time
-from bench.loss_curves import NEW, OLD, PERMUTED
+from bench.loss_curves import OLD, PERMUTED, new_path
 
 
 def _results(new_offset: float) -> dict[str, Any]:
-    """Losses of 30 steps: the permuted run differs by 1e-3, the new path by `new_offset`."""
+    """Losses of 30 steps: permuted windows differ by 1e-3, and one new path of two by more."""
     base = [7.0 - 0.1 * step for step in range(30)]
-    shifted = {OLD: 0.0, PERMUTED: 1e-3, NEW: new_offset}
+    shifted = {OLD: 0.0, PERMUTED: 1e-3, new_path("cudnn"): 1e-3, new_path("flash4"): new_offset}
     return {
         name: {"losses": [loss + by for loss in base], "environment": {}}
         for name, by in shifted.items()
@@ -31,9 +31,12 @@ def test_curves_agree_within_the_yardstick(
     """The new path passes as far as permuted windows explain its difference, and fails beyond."""
     monkeypatch.setattr(loss_curves, "run_all", lambda *_: _results(offset))
     out = tmp_path / "curves.json"
-    assert loss_curves.main(["--out", str(out), "--", "--train.sequences-per-step", "8"]) == status
+    own = ["--out", str(out), "--attentions", "cudnn", "flash4"]
+    assert loss_curves.main([*own, "--", "--train.sequences-per-step", "8"]) == status
     stored = json.loads(out.read_text())
-    assert stored["agreement"]["rms_nats"] == pytest.approx(offset)
+    apart = {name: found["rms_nats"] for name, found in stored["agreement"].items()}
+    wanted = {new_path("cudnn"): 1e-3, new_path("flash4"): offset}
+    assert apart == pytest.approx(wanted)
     assert stored["trainer"] == ["--train.sequences-per-step", "8"]
     assert out.with_suffix(".png").stat().st_size > 10_000
     assert f"{offset / 1e-3:.2f} times" in capsys.readouterr().out
