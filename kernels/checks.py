@@ -13,7 +13,11 @@ ROW_UNIT = 8
 
 
 def check_up_activation(x_MD: Tensor, w_up_FD: Tensor) -> None:
-    """Arguments of `up_activation`. Raises ValueError naming the first that does not fit."""
+    """Arguments of `up_activation` and `activation`.
+
+    Raises:
+        ValueError: one does not fit; the message names the first.
+    """
     _check_matrices(x=x_MD, w_up=w_up_FD)
     if x_MD.shape[1] != w_up_FD.shape[1]:
         raise ValueError(

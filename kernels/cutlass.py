@@ -11,7 +11,7 @@ from torch import Tensor
 
 from kernels import checks
 from kernels.build import library_path
-from kernels.variants import DPRE_PLAN, UP_PLAN, VARIANTS, Plan
+from kernels.variants import ACTIVATION_PLAN, DPRE_PLAN, UP_PLAN, VARIANTS, Plan
 
 
 class _Launch(ctypes.Structure):
@@ -113,6 +113,17 @@ def run_up_activation(x_MD: Tensor, w_up_FD: Tensor, plan: Plan) -> tuple[Tensor
     return act_grad_MF, post_MF
 
 
+def run_activation(x_MD: Tensor, w_up_FD: Tensor, plan: Plan) -> Tensor:
+    """`activation` with an explicit plan. Raises as `run_dpre` does."""
+    checks.check_up_activation(x_MD, w_up_FD)
+    _check_plan(plan, "activation")
+    checks.require_hopper(x_MD)
+    (m, d), f = x_MD.shape, w_up_FD.shape[0]
+    post_MF = x_MD.new_empty((m, f))
+    launch(plan, (x_MD, w_up_FD, post_MF), (m, f, d))
+    return post_MF
+
+
 def _check_plan(plan: Plan, op: str) -> None:
     if plan.variant not in VARIANTS or VARIANTS[plan.variant].op != op:
         known = ", ".join(name for name, v in VARIANTS.items() if v.op == op)
@@ -155,3 +166,19 @@ def up_activation(x_MD: Tensor, w_up_FD: Tensor) -> tuple[Tensor, Tensor]:
 def _(x_MD: Tensor, w_up_FD: Tensor) -> tuple[Tensor, Tensor]:
     shape = (x_MD.shape[0], w_up_FD.shape[0])
     return x_MD.new_empty(shape), x_MD.new_empty(shape)
+
+
+@torch.library.custom_op("fairway::activation_cutlass", mutates_args=())
+def activation(x_MD: Tensor, w_up_FD: Tensor) -> Tensor:
+    """post alone, bfloat16 [M, F]; meaning: `kernels.reference.activation`.
+
+    Raises:
+        ValueError: an argument does not fit; the message names it.
+        RuntimeError: no Hopper GPU, the library is missing, or the launch failed.
+    """
+    return run_activation(x_MD, w_up_FD, ACTIVATION_PLAN)
+
+
+@activation.register_fake
+def _(x_MD: Tensor, w_up_FD: Tensor) -> Tensor:
+    return x_MD.new_empty((x_MD.shape[0], w_up_FD.shape[0]))

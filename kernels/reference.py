@@ -5,7 +5,8 @@ With pre = x @ w_up^T, the MLP's activation is LeakyReLU(0.5)(pre)^2. Kernels st
     act_grad = 2 pre   where pre > 0, else 0.5 pre     (the activation's derivative)
     post     = 0.5 * act_grad * pre                    (the activation itself, for both signs)
 
-so the backward pass, dpre = (go @ w_down) * act_grad, needs neither `pre` nor a branch.
+so the backward pass, dpre = (go @ w_down) * act_grad, needs neither `pre` nor a branch. Where no
+gradient is wanted, `activation` gives post alone.
 
 Around the products lie passes over the residual stream and over the heads; their plain meaning is
 here too.
@@ -30,6 +31,15 @@ def up_activation(x_MD: Tensor, w_up_FD: Tensor) -> tuple[Tensor, Tensor]:
     pre = F.linear(x_MD, w_up_FD)
     act_grad = torch.where(pre > 0, 2 * pre, 0.5 * pre)
     return act_grad, 0.5 * act_grad * pre
+
+
+def activation(x_MD: Tensor, w_up_FD: Tensor) -> Tensor:
+    """post [M, F] alone, of inputs [M, D] and weights [F, D].
+
+    To the bit what `up_activation` gives: powers of two scale without rounding.
+    """
+    pre = F.linear(x_MD, w_up_FD)
+    return torch.where(pre > 0, pre, 0.25 * pre) * pre
 
 
 def dpre(go_MD: Tensor, w_down_DF: Tensor, act_grad_MF: Tensor) -> Tensor:

@@ -11,7 +11,8 @@ class Variant:
     """Compile-time shape of one fused GEMM.
 
     Attributes:
-        op: `dpre` (backward) or `up` (forward, two stores).
+        op: `dpre` (backward), `up` (forward, two stores) or `activation` (forward without
+            act_grad, one store).
         tile: rows, columns and depth of a threadblock's tile.
         cluster: threadblocks that share loads by multicast, along M and N.
         epilogue: rows and columns the epilogue handles at a time.
@@ -21,7 +22,7 @@ class Variant:
         operand: where `dpre` takes act_grad from: an auxiliary load, or the GEMM's C operand.
     """
 
-    op: Literal["dpre", "up"]
+    op: Literal["dpre", "up", "activation"]
     tile: tuple[int, int, int]
     cluster: Pair
     epilogue: Pair
@@ -51,6 +52,7 @@ _ALL = (
     Variant("up", (128, 128, 64), (2, 1), (64, 32), "PingPong"),
     Variant("up", (128, 128, 64), (2, 1), (64, 32), "PingPong", stores=4),
     Variant("up", (128, 256, 64), (2, 1), (128, 64), "Cooperative"),
+    Variant("activation", (128, 128, 64), (1, 1), (64, 64), "PingPong"),
 )
 """Fastest first, then what the kernel table compares it with; kernels/NOTES.md has those tried
 and dropped."""
@@ -79,3 +81,6 @@ DPRE_PLAN = Plan("dpre_pingpong_128x128x64_c1x2_e64x64_s2_source")
 
 UP_PLAN = Plan("up_pingpong_128x128x64_c1x1_e64x32_s2", max_swizzle=2)
 """Fastest CUTLASS forward on an H100 at the record's shape; see kernels/NOTES.md."""
+
+ACTIVATION_PLAN = Plan("activation_pingpong_128x128x64_c1x1_e64x64_s2", max_swizzle=2)
+"""Fastest CUTLASS forward without act_grad on an H100; see kernels/NOTES.md."""

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from kernels import build, checks, cutlass, reference
-from kernels.variants import DPRE_PLAN, UP_PLAN, VARIANTS, Plan, Variant
+from kernels.variants import ACTIVATION_PLAN, DPRE_PLAN, UP_PLAN, VARIANTS, Plan, Variant
 from verify import hopper_code
 from verify.tolerance import check, kernel_budget, relative_error
 
@@ -325,7 +325,7 @@ def test_launch_settings_match_the_c_struct() -> None:
 def test_plan_must_name_a_variant_of_the_operator(
     wrong: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A plan with an unknown variant, or one of the other operator, is a ValueError."""
+    """A plan with an unknown variant, or one of another operator, is a ValueError."""
     monkeypatch.setattr(checks, "check_dpre", lambda *_: None)
     monkeypatch.setattr(checks, "check_up_activation", lambda *_: None)
     t = torch.empty(8, 8)
@@ -335,6 +335,10 @@ def test_plan_must_name_a_variant_of_the_operator(
     up = Plan("absent") if wrong == "absent" else DPRE_PLAN
     with pytest.raises(ValueError, match=rf"{up.variant}.*is not one of {UP_PLAN.variant}"):
         cutlass.run_up_activation(t, t, up)
+    alone = Plan("absent") if wrong == "absent" else UP_PLAN
+    wanted = rf"{alone.variant}.*is not one of {ACTIVATION_PLAN.variant}"
+    with pytest.raises(ValueError, match=wanted):
+        cutlass.run_activation(t, t, alone)
 
 
 def test_other_gpus_are_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -448,15 +452,21 @@ def _inputs(m: int, d: int, f: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 def _run(plan: Plan, inputs: tuple[Tensor, Tensor, Tensor, Tensor]) -> tuple[Tensor, ...]:
     left, w_up, w_down, act_grad = inputs
-    if VARIANTS[plan.variant].op == "up":
+    op = VARIANTS[plan.variant].op
+    if op == "up":
         return cutlass.run_up_activation(left, w_up, plan)
+    if op == "activation":
+        return (cutlass.run_activation(left, w_up, plan),)
     return (cutlass.run_dpre(left, w_down, act_grad, plan),)
 
 
 def _meaning(name: str, inputs: tuple[Tensor, Tensor, Tensor, Tensor]) -> tuple[Tensor, ...]:
     left, w_up, w_down, act_grad = inputs
-    if VARIANTS[name].op == "up":
+    op = VARIANTS[name].op
+    if op == "up":
         return reference.up_activation(left, w_up)
+    if op == "activation":
+        return (reference.activation(left, w_up),)
     return (reference.dpre(left, w_down, act_grad),)
 
 
@@ -486,7 +496,7 @@ def test_nothing_outside_the_result_is_written(name: str) -> None:
     m, d, f = 129, 72, 136
     inputs = _inputs(m, d, f)
     left, w_up, w_down, act_grad = inputs
-    operands = (left, w_up) if VARIANTS[name].op == "up" else (left, w_down, act_grad)
+    operands = (left, w_down, act_grad) if VARIANTS[name].op == "dpre" else (left, w_up)
     want = _run(Plan(name), inputs)
     buffers = [torch.full((3 * m * f,), 7.0, device="cuda", dtype=BF16) for _ in want]
     results = [buffer[m * f : 2 * m * f].view(m, f) for buffer in buffers]
@@ -498,7 +508,9 @@ def test_nothing_outside_the_result_is_written(name: str) -> None:
 
 
 @pytest.mark.hopper
-@pytest.mark.parametrize("plan", [DPRE_PLAN, UP_PLAN], ids=["dpre", "up"])
+@pytest.mark.parametrize(
+    "plan", [DPRE_PLAN, UP_PLAN, ACTIVATION_PLAN], ids=["dpre", "up", "activation"]
+)
 def test_kernel_runs_on_the_current_stream(plan: Plan) -> None:
     """On a side stream the kernel waits for that stream's earlier work."""
     inputs = _inputs(300, 64, 128)
@@ -526,13 +538,13 @@ def test_edges_pass_through_on_hopper(name: str) -> None:
     rows, width = 4, 8
     left = torch.zeros(rows, width, device="cuda", dtype=BF16)
     left[:, 0] = torch.tensor([1.0, -1.0, 2.0, 0.5])
-    if VARIANTS[name].op == "up":
+    if VARIANTS[name].op != "dpre":
         weight = torch.zeros(edges.numel(), width, device="cuda", dtype=BF16)
         weight[:, 0] = edges
-        got = cutlass.run_up_activation(left, weight, Plan(name))
+        got = _run(Plan(name), (left, weight, weight, weight))
         pre = left[:, :1].float() * edges.float()
         slope = torch.where(pre > 0, 2 * pre, 0.5 * pre)
-        want = (slope.to(BF16), (0.5 * slope * pre).to(BF16))
+        want = (slope.to(BF16), (0.5 * slope * pre).to(BF16))[-len(got) :]
     else:
         weight = torch.zeros(width, edges.numel(), device="cuda", dtype=BF16)
         weight[0] = 1.0

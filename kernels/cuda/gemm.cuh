@@ -2,6 +2,7 @@
 //
 // DpreGemm:         dpre[M,F]            = (go[M,D] @ w_down[D,F]) * act_grad[M,F]
 // UpActivationGemm: act_grad, post[M,F]  = activation(x[M,D] @ w_up[F,D]^T)
+// ActivationGemm:   post[M,F], the same to the bit, without act_grad
 //
 // bfloat16 in and out, float32 accumulation, TMA loads and stores, warp-specialised main loops.
 // Tile shape, cluster, schedule and epilogue operand are template parameters: one translation
@@ -252,6 +253,39 @@ struct UpActivationGemm {
     auto stride = cutlass::make_cute_packed_stride(typename AuxDescriptor::Stride{}, {m, f, 1});
     typename Fused::TreeArguments tree{{{{}, {}}, {act_grad, stride}}, {}, {}};
     return Fused::run(m, f, d, x, w_up, nullptr, post, tree, launch);
+  }
+};
+
+// The activation from pre alone: LeakyReLU(0.5)(pre)^2. The factor is a power of two, so the one
+// rounding is the product's, as in Activation.
+template <class T>
+struct SquaredLeakyRelu {
+  CUTLASS_HOST_DEVICE T operator()(T const& pre) const {
+    return (pre > T(0) ? pre : T(0.25f) * pre) * pre;
+  }
+};
+
+template <class T, int N>
+struct SquaredLeakyRelu<cutlass::Array<T, N>> {
+  CUTLASS_HOST_DEVICE cutlass::Array<T, N> operator()(cutlass::Array<T, N> const& pre) const {
+    cutlass::Array<T, N> out;
+    CUTLASS_PRAGMA_UNROLL
+    for (int i = 0; i < N; ++i) {
+      out[i] = SquaredLeakyRelu<T>{}(pre[i]);
+    }
+    return out;
+  }
+};
+
+template <class V>
+struct ActivationGemm {
+  using Tree = fusion::Sm90EVT<fusion::Sm90Compute<SquaredLeakyRelu, Element, float, kRound>,
+                               fusion::Sm90AccFetch>;
+  using Fused = FusedGemm<V, ColumnMajor, void, Tree>;
+
+  static int run(Element const* x, Element const* w_up, Element* post, int m, int f, int d,
+                 Launch const& launch) {
+    return Fused::run(m, f, d, x, w_up, nullptr, post, {{}, {}}, launch);
   }
 };
 
