@@ -5,7 +5,8 @@
 Two products are opaque to the compiler: the up-projection with its activation, and the backward
 product dpre = (go @ w_down) * act_grad. Everything else (the down-projection, dx and both weight
 gradients) stays visible to torch.compile, which fuses across layers. Only act_grad and post are
-saved besides the inputs.
+saved besides the inputs. Where gradients are off, the up-projection gives post alone: the same
+result to the bit, without storing act_grad for nothing.
 
 Letters: M rows, D model width, F MLP width.
 """
@@ -22,9 +23,10 @@ from kernels import reference
 
 @dataclass(frozen=True)
 class Backend:
-    """The two opaque products of the MLP."""
+    """The opaque products of the MLP; `activation` is `up_activation` without act_grad."""
 
     up_activation: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+    activation: Callable[[Tensor, Tensor], Tensor]
     dpre: Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
@@ -39,15 +41,15 @@ def load_backend(name: str) -> Backend:
         RuntimeError: a piece it needs is missing; the message says how to get it.
     """
     if name == "reference":
-        return Backend(reference.up_activation, reference.dpre)
+        return Backend(reference.up_activation, reference.activation, reference.dpre)
     if name == "triton":
         from kernels import triton_ops
 
-        return Backend(triton_ops.up_activation, triton_ops.dpre)
+        return Backend(triton_ops.up_activation, triton_ops.activation, triton_ops.dpre)
     if name == "cutlass":
         from kernels import cutlass
 
-        return Backend(cutlass.up_activation, cutlass.dpre)
+        return Backend(cutlass.up_activation, cutlass.activation, cutlass.dpre)
     raise ValueError(f"unknown MLP backend {name!r}; choose one of {', '.join(BACKENDS)}")
 
 
@@ -90,7 +92,11 @@ def mlp(
         x, w_up, w_down = x.to(dtype), w_up.to(dtype), w_down.to(dtype)
     _check_shapes(x, w_up, w_down)
     x_MD = x.reshape(-1, x.shape[-1])
-    y_MD, post_MF = _FusedMLP.apply(x_MD, w_up, w_down, backend)
+    if torch.is_grad_enabled():
+        y_MD, post_MF = _FusedMLP.apply(x_MD, w_up, w_down, backend)
+    else:
+        post_MF = load_backend(backend).activation(x_MD.contiguous(), w_up.contiguous())
+        y_MD = post_MF @ w_down.t()
     return y_MD.view_as(x), post_MF.view(*x.shape[:-1], w_up.shape[0])
 
 

@@ -33,6 +33,25 @@ def _(x_MD: Tensor, w_up_FD: Tensor) -> tuple[Tensor, Tensor]:
     return x_MD.new_empty(shape), x_MD.new_empty(shape)
 
 
+@torch.library.custom_op("fairway::activation_triton", mutates_args=())
+def activation(x_MD: Tensor, w_up_FD: Tensor) -> Tensor:
+    """post alone, bfloat16 [M, F]; meaning: `kernels.reference.activation`.
+
+    Raises:
+        ValueError: an argument does not fit; the message names it.
+        RuntimeError: the GPU is not Hopper.
+    """
+    checks.check_up_activation(x_MD, w_up_FD)
+    checks.require_hopper(x_MD)
+    with torch.cuda.device(x_MD.device):
+        return forward_triton.activation(x_MD, w_up_FD)
+
+
+@activation.register_fake
+def _(x_MD: Tensor, w_up_FD: Tensor) -> Tensor:
+    return x_MD.new_empty((x_MD.shape[0], w_up_FD.shape[0]))
+
+
 @torch.library.custom_op("fairway::dpre_triton", mutates_args=())
 def dpre(go_MD: Tensor, w_down_DF: Tensor, act_grad_MF: Tensor) -> Tensor:
     """(go @ w_down) * act_grad, bfloat16 [M, F]; meaning: `kernels.reference.dpre`.

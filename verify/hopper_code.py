@@ -55,7 +55,7 @@ def compile_triton(kernel: str, tile: Tile, folder: Path) -> tuple[MachineCode, 
     """Compile a Triton MLP kernel for sm_90; needs no GPU.
 
     Args:
-        kernel: `up_activation` or `dpre`.
+        kernel: `up_activation`, `activation` (the same without act_grad) or `dpre`.
         tile: its configuration.
         folder: where the cubin is written.
 
@@ -71,13 +71,17 @@ def compile_triton(kernel: str, tile: Tile, folder: Path) -> tuple[MachineCode, 
     m, n, k = tile.block_m, tile.block_n, tile.block_k
     half = (m, n // 2)
     function: Any
-    if kernel == "up_activation":
-        function = forward_triton.up_activation_kernel
-        blocks = {"x": (m, k), "w_up": (n, k), "act_grad": half, "post": half}
-    else:
+    constants: dict[str, Any] = {}
+    if kernel == "dpre":
         function = backward_triton.dpre_kernel
         blocks = {"go": (m, k), "w_down": (k, n), "act_grad": half, "dpre": half}
-    constants = {
+    else:
+        function = forward_triton.up_activation_kernel
+        blocks = {"x": (m, k), "w_up": (n, k), "act_grad": half, "post": half}
+        if kernel == "activation":
+            del blocks["act_grad"]
+            constants["act_grad"] = None
+    constants |= {
         "BLOCK_M": m,
         "BLOCK_N": n,
         "BLOCK_K": k,

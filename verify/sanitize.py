@@ -26,14 +26,17 @@ def main() -> None:
         x, go, w_up, w_down = normal(m, d), normal(m, d), normal(f, d), normal(d, f)
         act_grad, _ = reference.up_activation(x, w_up)
         forward_triton.up_activation(x, w_up, FORWARD)
+        forward_triton.activation(x, w_up, FORWARD)
         backward_triton.dpre(go, w_down, act_grad, BACKWARD)
         for name, variant in VARIANTS.items():
             if variant.op == "up":
                 cutlass.run_up_activation(x, w_up, Plan(name))
+            elif variant.op == "activation":
+                cutlass.run_activation(x, w_up, Plan(name))
             else:
                 cutlass.run_dpre(go, w_down, act_grad, Plan(name))
         torch.cuda.synchronize()
-        print(f"M {m}, D {d}, F {f}: {len(VARIANTS)} CUTLASS variants and 2 Triton kernels ran")
+        print(f"M {m}, D {d}, F {f}: {len(VARIANTS)} CUTLASS variants and 3 Triton kernels ran")
 
 
 if __name__ == "__main__":

@@ -13,7 +13,8 @@ SHARED_MEMORY = 227 * 1024
 
 
 @pytest.mark.parametrize(
-    ("kernel", "tile", "loads"), [("up_activation", FORWARD, 2), ("dpre", BACKWARD, 4)]
+    ("kernel", "tile", "loads"),
+    [("up_activation", FORWARD, 2), ("activation", FORWARD, 2), ("dpre", BACKWARD, 4)],
 )
 def test_triton_compiles_to_hoppers_own_instructions(
     kernel: str, tile: Tile, loads: int, tmp_path: Path
@@ -34,7 +35,18 @@ def test_triton_compiles_to_hoppers_own_instructions(
     assert shared <= SHARED_MEMORY
 
 
-@pytest.mark.parametrize(("kernel", "tile"), [("up_activation", FORWARD), ("dpre", BACKWARD)])
+def test_triton_without_act_grad_stores_half_as_much(tmp_path: Path) -> None:
+    """Where no gradient is wanted the Triton forward has half the stores, and as many products."""
+    both, _ = compile_triton("up_activation", FORWARD, tmp_path)
+    alone, _ = compile_triton("activation", FORWARD, tmp_path)
+    assert 2 * alone.opcodes["UTMASTG"] == both.opcodes["UTMASTG"]
+    assert alone.opcodes["HGMMA"] == both.opcodes["HGMMA"]
+
+
+@pytest.mark.parametrize(
+    ("kernel", "tile"),
+    [("up_activation", FORWARD), ("activation", FORWARD), ("dpre", BACKWARD)],
+)
 def test_spills_would_be_seen(kernel: str, tile: Tile, tmp_path: Path) -> None:
     """The same tile with half the warps does spill: the check above can fail."""
     code, _ = compile_triton(kernel, replace(tile, warps=4), tmp_path)

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from kernels import checks, cutlass, reference, triton_ops
-from kernels.mlp import load_backend, mlp
-from kernels.variants import DPRE_PLAN, UP_PLAN, VARIANTS, Plan
+from kernels.mlp import BACKENDS, load_backend, mlp
+from kernels.variants import ACTIVATION_PLAN, DPRE_PLAN, UP_PLAN, VARIANTS, Plan
 from verify.interpreter import run_interpreted
 from verify.tolerance import check, kernel_budget, relative_error, rounding_budget
 
@@ -58,6 +58,31 @@ def test_identity_holds_at_the_edges(dtype: torch.dtype) -> None:
             check("post at an edge", abs(got - want) / want, 8 * torch.finfo(dtype).eps)
         else:
             assert 0 <= got <= torch.finfo(dtype).tiny
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, BF16])
+@given(
+    seed=st.integers(0, 1000), m=st.integers(1, 9), d=widths, f=widths,
+    magnitude=st.sampled_from([1e-30, 1e-3, 1.0, 30.0, 1e18]),
+)  # fmt: skip
+def test_activation_alone_is_post_to_the_bit(
+    dtype: torch.dtype, seed: int, m: int, d: int, f: int, magnitude: float
+) -> None:
+    """`activation` is `up_activation`'s post without its act_grad, to the bit, in every type."""
+    g = torch.Generator().manual_seed(seed)
+    x, w_up = _normal(g, m, d, scale=magnitude).to(dtype), _normal(g, f, d).to(dtype)
+    assert torch.equal(reference.activation(x, w_up), reference.up_activation(x, w_up)[1])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, BF16])
+def test_activation_alone_is_post_at_the_edges(dtype: torch.dtype) -> None:
+    """The same at zeros, denormals, the largest numbers, infinities and NaN."""
+    pre = torch.tensor([*EDGES, -math.inf, math.nan], dtype=dtype)[:, None]
+    one = torch.ones(1, 1, dtype=dtype)
+    got, want = reference.activation(pre, one), reference.up_activation(pre, one)[1]
+    assert torch.equal(got.isnan(), want.isnan())
+    assert torch.equal(got.nan_to_num(7.0), want.nan_to_num(7.0))
+    assert torch.equal(got.signbit(), want.signbit())
 
 
 @given(seed=st.integers(0, 1000), m=st.integers(1, 9), f=widths, magnitude=magnitudes)
@@ -170,6 +195,64 @@ def test_fullgraph_compile() -> None:
     assert torch.equal(compiled(x, w_up, w_down), mlp(x, w_up, w_down)[0])
 
 
+@given(
+    seed=st.integers(0, 1000), batch=st.integers(1, 3), m=st.integers(1, 20), d=widths, f=widths,
+    layout=st.sampled_from(["plain", "strided", "transposed"]),
+)  # fmt: skip
+def test_no_gradient_gives_the_same_bits(
+    seed: int, batch: int, m: int, d: int, f: int, layout: str
+) -> None:
+    """With gradients off, output and post are to the bit what training computes."""
+    g = torch.Generator().manual_seed(seed)
+    shapes = ((batch, m, d), (f, d), (d, f))
+    x, w_up, w_down = (
+        _variants_of(_normal(g, *s).to(BF16), layout).requires_grad_() for s in shapes
+    )
+    trained = mlp(x, w_up, w_down)
+    with torch.no_grad():
+        scored = mlp(x, w_up, w_down)
+    for got, want in zip(scored, trained, strict=True):
+        assert not got.requires_grad
+        assert torch.equal(got, want)
+
+
+@pytest.mark.parametrize("backend", ["triton", "cutlass"])
+@pytest.mark.parametrize("grad", [False, True])
+def test_compiler_sees_the_operator_that_is_needed(backend: str, grad: bool) -> None:
+    """The full graph has `activation` where gradients are off and `up_activation` where on.
+
+    Recompiled when the mode changes; a stand-in for the code generator only lists operators.
+    """
+    seen: list[str] = []
+
+    def list_operators(graph: torch.fx.GraphModule, _: object) -> object:
+        for module in graph.modules():
+            if isinstance(module, torch.fx.GraphModule):
+                seen.extend(str(node.target) for node in module.graph.nodes)
+        return lambda *inputs: (inputs[0], inputs[0])
+
+    x, w_up, w_down = (torch.zeros(s, dtype=BF16) for s in ((4, 8), (16, 8), (8, 16)))
+    compiled = torch.compile(
+        lambda x, u, d: mlp(x, u, d, backend=backend), fullgraph=True, backend=list_operators
+    )
+    for mode in (not grad, grad):
+        seen.clear()
+        with torch.set_grad_enabled(mode):
+            compiled(x, w_up, w_down)
+    operator = "up_activation" if grad else "activation"
+    assert [name for name in seen if "fairway" in name] == [f"fairway.{operator}_{backend}.default"]
+
+
+def test_fullgraph_compile_without_gradients() -> None:
+    """With gradients off too the MLP compiles with fullgraph=True and gives the eager result."""
+    g = torch.Generator().manual_seed(0)
+    x, w_up, w_down = (_normal(g, *s) for s in ((4, 8), (16, 8), (8, 16)))
+    compiled = torch.compile(lambda x, u, d: mlp(x, u, d), fullgraph=True, backend="aot_eager")
+    with torch.no_grad():
+        for got, want in zip(compiled(x, w_up, w_down), mlp(x, w_up, w_down), strict=True):
+            assert torch.equal(got, want)
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     [
@@ -193,7 +276,13 @@ def test_unknown_backend_is_refused() -> None:
         load_backend("cublas")
 
 
-@pytest.mark.parametrize("op", [triton_ops.up_activation, cutlass.up_activation])
+@pytest.mark.parametrize(
+    "op",
+    [
+        triton_ops.up_activation, cutlass.up_activation,
+        triton_ops.activation, cutlass.activation,
+    ],
+)  # fmt: skip
 def test_cpu_tensors_are_refused_by_fused_forwards(op: object) -> None:
     """A fused forward given CPU tensors raises ValueError naming the argument; no crash."""
     x, w = torch.zeros(4, 8, dtype=BF16), torch.zeros(16, 8, dtype=BF16)
@@ -257,20 +346,20 @@ def test_bad_backward_arguments_are_named() -> None:
         checks.check_dpre(go, w, _OnGpu(5, 16))  # pyright: ignore[reportArgumentType]
 
 
-@pytest.mark.parametrize(
-    "op", ["up_activation_triton", "up_activation_cutlass", "dpre_triton", "dpre_cutlass"]
-)
-def test_operators_have_true_shapes_for_the_compiler(op: str) -> None:
+@pytest.mark.parametrize("backend", ["triton", "cutlass"])
+@pytest.mark.parametrize("op", ["up_activation", "activation", "dpre"])
+def test_operators_have_true_shapes_for_the_compiler(op: str, backend: str) -> None:
     """Each operator's fake gives the shapes and type the compiler may rely on."""
+    operator = getattr(torch.ops.fairway, f"{op}_{backend}")
     with torch.device("meta"):
-        if op.startswith("up"):
-            x, w = torch.empty(5, 8, dtype=BF16), torch.empty(24, 8, dtype=BF16)
-            outputs = getattr(torch.ops.fairway, op)(x, w)
-            assert [tuple(o.shape) for o in outputs] == [(5, 24), (5, 24)]
-            assert {o.dtype for o in outputs} == {BF16}
-        else:
+        if op == "dpre":
             go, w, a = (torch.empty(s, dtype=BF16) for s in ((5, 8), (8, 24), (5, 24)))
-            assert getattr(torch.ops.fairway, op)(go, w, a).shape == (5, 24)
+            outputs = (operator(go, w, a),)
+        else:
+            x, w = torch.empty(5, 8, dtype=BF16), torch.empty(24, 8, dtype=BF16)
+            outputs = operator(x, w) if op == "up_activation" else (operator(x, w),)
+    assert [tuple(o.shape) for o in outputs] == [(5, 24)] * (2 if op == "up_activation" else 1)
+    assert {o.dtype for o in outputs} == {BF16}
 
 
 # Triton's interpreter: the kernels themselves, on a CPU.
@@ -298,6 +387,7 @@ def run(seed, m, d, f, tile):
     want = reference.up_activation(x.double(), w_up.double())
     for name, a, b in zip(("act_grad", "post"), got, want, strict=True):
         check(name, relative_error(a, b), rounding_budget(4 * d + 8, torch.float32))
+    assert torch.equal(forward_triton.activation(x, w_up, tile), got[1]), "post without act_grad"
     got = backward_triton.dpre(go, w_down, got[0], tile)
     want = reference.dpre(go.double(), w_down.double(), want[0])
     check("dpre", relative_error(got, want), rounding_budget(4 * d + 8, torch.float32))
@@ -307,7 +397,10 @@ run()
 
 
 def test_triton_kernels_equal_the_reference_in_the_interpreter() -> None:
-    """Both Triton kernels, interpreted, equal float64 for ragged shapes and any tile order."""
+    """The Triton kernels, interpreted, equal float64 for ragged shapes and any tile order.
+
+    The forward gives the same post with act_grad and without.
+    """
     run_interpreted(INTERPRETED, "25")
 
 
@@ -338,6 +431,16 @@ FORWARDS = {
         if v.op == "up"
     },
 }
+ACTIVATIONS = {
+    "reference": (reference.activation, reference.up_activation),
+    "triton": (triton_ops.activation, triton_ops.up_activation),
+    **{
+        name: (lambda x, w, n=name: cutlass.run_activation(x, w, Plan(n)), cutlass.up_activation)
+        for name, v in VARIANTS.items()
+        if v.op == "activation"
+    },
+}
+"""Forwards without act_grad, and those with it whose post they must repeat."""
 BACKWARDS = {
     "triton": lambda go, w, a: triton_ops.dpre(go, w, a),
     **{
@@ -361,6 +464,32 @@ def test_fused_forward_on_hopper(
     got = FORWARDS[name](x, w_up)
     for what, g, p, e in zip(("act_grad", "post"), got, plain, exact, strict=True):
         _within_budget(what, g, p, e)
+
+
+@pytest.mark.hopper
+@pytest.mark.parametrize("name", list(ACTIVATIONS))
+@given(seed=st.integers(0, 999), m=rows, d=widths, f=widths, magnitude=magnitudes)
+def test_activation_alone_on_hopper(
+    name: str, seed: int, m: int, d: int, f: int, magnitude: float
+) -> None:
+    """Every forward without act_grad gives its backend's post to the bit, for any shape."""
+    x, _, w_up, _, _ = _gpu_inputs(seed, m, d, f, magnitude)
+    alone, both = ACTIVATIONS[name]
+    assert torch.equal(alone(x, w_up), both(x, w_up)[1])
+
+
+@pytest.mark.hopper
+@pytest.mark.parametrize("backend", BACKENDS)
+@given(seed=st.integers(0, 99), m=rows, d=widths, f=widths)
+def test_no_gradient_gives_the_same_bits_on_hopper(
+    backend: str, seed: int, m: int, d: int, f: int
+) -> None:
+    """With gradients off, output and post of the fused MLP are to the bit those of training."""
+    x, _, w_up, w_down, _ = _gpu_inputs(seed, m, d, f, 1.0)
+    trained = mlp(*(t.detach().requires_grad_() for t in (x, w_up, w_down)), backend=backend)
+    with torch.no_grad():
+        scored = mlp(x, w_up, w_down, backend=backend)
+    assert all(torch.equal(a, b) for a, b in zip(scored, trained, strict=True))
 
 
 @pytest.mark.hopper
@@ -413,8 +542,14 @@ def test_fused_mlp_repeats_to_the_bit(backend: str) -> None:
 
 @pytest.mark.hopper
 @pytest.mark.parametrize("backend", ["triton", "cutlass"])
-def test_fused_mlp_in_a_cuda_graph(backend: str) -> None:
+@pytest.mark.parametrize("grad", [False, True])
+def test_fused_mlp_in_a_cuda_graph(backend: str, grad: bool) -> None:
     """Captured in a CUDA graph and replayed on new inputs, the fused MLP gives the eager result."""
+    with torch.set_grad_enabled(grad):
+        _capture_and_replay(backend)
+
+
+def _capture_and_replay(backend: str) -> None:
     x, _, w_up, w_down, _ = _gpu_inputs(0, 300, 64, 128, 1.0)
     other = _gpu_inputs(1, 300, 64, 128, 1.0)[0]
     expected = mlp(other, w_up, w_down, backend=backend)[0]
@@ -444,8 +579,23 @@ def test_fused_mlp_compiles_on_hopper(backend: str) -> None:
 
 
 @pytest.mark.hopper
+@pytest.mark.parametrize("backend", ["triton", "cutlass"])
+def test_fused_mlp_compiles_without_gradients_on_hopper(backend: str) -> None:
+    """With gradients off the fused MLP compiles with fullgraph=True; post is the eager one."""
+    x, _, w_up, w_down, _ = _gpu_inputs(0, 512, 128, 256, 1.0)
+    compiled = torch.compile(lambda x, u, d: mlp(x, u, d, backend=backend), fullgraph=True)
+    with torch.no_grad():
+        y, post = compiled(x, w_up, w_down)
+        eager_y, eager_post = mlp(x, w_up, w_down, backend=backend)
+    assert torch.equal(post, eager_post)
+    exact = reference.mlp(*(t.float() for t in (x, w_up, w_down)))
+    _within_budget("compiled y", y, eager_y, exact)
+
+
+@pytest.mark.hopper
 def test_plans_in_use_are_built() -> None:
     """The plans chosen by measurement name variants that are in the library."""
     assert VARIANTS[DPRE_PLAN.variant].op == "dpre"
     assert VARIANTS[UP_PLAN.variant].op == "up"
+    assert VARIANTS[ACTIVATION_PLAN.variant].op == "activation"
     assert cutlass.library() is not None
