@@ -13,7 +13,7 @@ UNATTRIBUTED = "unattributed"
 OPTIMIZER_PHASES = ("optimizer", "average")
 GEMM_OPS = ("aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm", "aten::_scaled_mm")
 ATTENTION_WORDS = ("scaled_dot_product", "fmha", "flash_fprop", "flash_bprop", "flash_attention")
-MLP_OPS = ("fairway::up_activation", "fairway::dpre")
+MLP_OPS = ("fairway::up_activation", "fairway::activation", "fairway::dpre")
 RESIDUAL_OPS = ("fairway::mix_norm", "fairway::add_norm")
 HEAD_OPS = ("fairway::split_heads", "fairway::exclude_self")
 GEMM_WORDS = ("nvjet", "gemm", "cublas", "xmma")
@@ -148,7 +148,9 @@ def work(event: Event) -> Work:
     if op.startswith(MLP_OPS) and len(matrices) >= 2:
         m, width = matrices[0]
         hidden = math.prod(matrices[1]) // width
-        return Work(2.0 * m * width * hidden, float(m * width + width * hidden + 2 * m * hidden))
+        wide = 1 if op.startswith("fairway::activation") else 2  # act_grad is stored, or read
+        elements = m * width + width * hidden + wide * m * hidden
+        return Work(2.0 * m * width * hidden, float(elements))
     return Work()
 
 

@@ -59,6 +59,7 @@ def kernel(
             "attention backward",
         ),
         (kernel("_up_kernel", ("fairway::up_activation_triton",)), "fused MLP forward"),
+        (kernel("_up_kernel", ("fairway::activation_cutlass",)), "fused MLP forward"),
         (kernel("mix_norm_kernel", ("fairway::mix_norm",)), "residual passes forward"),
         (
             kernel("add_norm_backward_kernel", ("fairway::add_norm_backward",), "backward"),
@@ -151,6 +152,9 @@ def test_work_counts_every_operation_once() -> None:
     fused = kernel("x", ("fairway::up_activation_triton",), dims=((6, 4), (10, 4)))
     assert work(fused).flops == 2 * 6 * 4 * 10
     assert work(fused).elements == 6 * 4 + 4 * 10 + 2 * 6 * 10
+    alone = kernel("x", ("fairway::activation_cutlass",), dims=((6, 4), (10, 4)))
+    assert work(alone).flops == work(fused).flops
+    assert work(alone).elements == 6 * 4 + 4 * 10 + 6 * 10
 
 
 def test_work_of_fused_passes_counts_every_tensor_once() -> None:
