@@ -4,6 +4,7 @@ from verify.fault import Fault
 
 _MODEL = ("verify/test_model.py",)
 _PASSES = ("verify/test_passes.py",)
+_KERNELS = ("verify/test_kernels.py",)
 
 FAULTS = [
     Fault(
@@ -222,6 +223,20 @@ FAULTS = [
         "d_unit -= of_head * outer",
         "d_unit = -of_head * outer",
         _PASSES,
+    ),
+    Fault(
+        "kernels/reference.py",
+        "activation without act_grad forgets to square the slope",
+        "torch.where(pre > 0, pre, 0.25 * pre) * pre",
+        "torch.where(pre > 0, pre, 0.5 * pre) * pre",
+        _KERNELS,
+    ),
+    Fault(
+        "kernels/mlp.py",
+        "act_grad computed where gradients are off",
+        "    if torch.is_grad_enabled():\n",
+        "    if True:\n",
+        _KERNELS,
     ),
     Fault(
         "kernels/passes.py",
