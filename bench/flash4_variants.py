@@ -1,4 +1,4 @@
-"""Other ways to call the flash4 kernels, to be measured beside the backend's own.
+"""Other ways to call the flash4 kernels, to be measured beside one call for all heads.
 
 Letters: B windows, T positions, H query heads, G key/value heads, K head size, R = H/G.
 """
@@ -16,7 +16,7 @@ Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 def variants() -> dict[str, Attend]:
-    """By name: what differs from the backend."""
+    """By name: what differs from `kernels.flash4.attention`."""
     return {
         "flash4, heads apart forward": _attend({"pack_gqa": False}, _together),
         "flash4, tiles 128x128 forward": _attend({"tile_mn": (128, 128)}, _together),
@@ -54,7 +54,7 @@ class _Attention(torch.autograd.Function):
 
 
 def _together(grad: Tensor, *saved: Tensor) -> tuple[Tensor, ...]:
-    """As the backend."""
+    """As `kernels.flash4.attention`."""
     return flash4.flash_attention_backward(grad, *saved)
 
 
@@ -67,22 +67,10 @@ def _in_fixed_order(
     )
 
 
-def _by_member(
-    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor
-) -> tuple[Tensor, ...]:
-    """One call for the r-th query head of every group.
+def _by_member(grad: Tensor, *saved: Tensor) -> tuple[Tensor, ...]:
+    """One call for the r-th query head of every group, as the model calls it.
 
-    Then no two query heads of a call share a key head, and dK and dV are written once in bfloat16:
-    no float32 sums to clear, add to and convert. The gradients of the R calls are added here; a
-    pass that reads them could do so on the way.
+    The gradients of the R calls are added here; in the model the head pass does so as it reads.
     """
-    members = q.shape[2] // k.shape[2]
-    dq = q.new_empty(q.shape)
-    dk, dv = (q.new_empty((members, *k.shape)) for _ in range(2))
-    for r in range(members):
-        own = (slice(None), slice(None), slice(r, None, members))
-        flash4.interface()._flash_attn_bwd(
-            q[own], k, v, out[own], grad[own], lse[:, r::members], causal=True,
-            dq=dq[own], dk=dk[r], dv=dv[r],
-        )  # fmt: skip
+    dq, dk, dv = flash4.flash_attention_backward_by_member(grad, *saved)
     return dq, dk.sum(0), dv.sum(0)

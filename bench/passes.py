@@ -69,6 +69,7 @@ def passes(scale: Scale) -> dict[str, Pass]:
     qkv = scale.normal(*lead, (h + 2 * g) * k)
     dq, y, grad = (scale.normal(*lead, h, k) for _ in range(3))
     dk, dv, dv_more, v = (scale.normal(*lead, g, k) for _ in range(4))
+    dk_apart, dv_apart = (scale.normal(h // g, *lead, g, k) for _ in range(2))
     gain = torch.rand(h, device=scale.device) + 1
     cos, sin = (table.to(scale.device) for table in rotary_tables(c))
 
@@ -84,6 +85,9 @@ def passes(scale: Scale) -> dict[str, Pass]:
     compiled_add = torch.compile(reference.add_norm)
     compiled_heads = torch.compile(reference.split_heads)
     compiled_xsa = torch.compile(reference.exclude_self)
+    plain_heads_backward = _gradients(
+        lambda a, n: compiled_heads(a, None, n, g, cos, sin), (qkv, gain), (dq, dk, dv)
+    )
     return {
         "mix_norm": Pass(
             lambda b: mixed(b, None),
@@ -139,12 +143,16 @@ def passes(scale: Scale) -> dict[str, Pass]:
             lambda b: heads_triton.split_heads_backward(
                 dq, dk, dv, dv_more, qkv, gain, cos, sin, b
             ),
-            _gradients(
-                lambda a, n: compiled_heads(a, None, n, g, cos, sin),
-                (qkv, gain),
-                (dq, dk, dv),
-            ),
+            plain_heads_backward,
             lambda: (dq, dk, dv, dv_more, qkv, qkv),
+            summing=HEADS_SUMMING_BLOCK,
+        ),
+        "split_heads backward, by member": Pass(
+            lambda b: heads_triton.split_heads_backward(
+                dq, dk_apart, dv_apart, dv_more, qkv, gain, cos, sin, b
+            ),
+            plain_heads_backward,  # of the sums, which it does not form
+            lambda: (dq, dk_apart, dv_apart, dv_more, qkv, qkv),
             summing=HEADS_SUMMING_BLOCK,
         ),
         "exclude_self backward": Pass(

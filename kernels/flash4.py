@@ -8,7 +8,10 @@ version of the package is asked for.
 Its backward pass adds dQ, and dK and dV of a group, in float32 in no fixed order: gradients differ
 in their last bits from run to run.
 
-Letters: B windows, T positions, H query heads, G key/value heads, K head size.
+`attention` is for any caller; kernels/heads_flash4.py joins the kernels to the head passes.
+
+Letters: B windows, T positions, H query heads, G key/value heads, K head size, R = H/G members of a
+group.
 """
 
 import importlib
@@ -160,6 +163,51 @@ def _(
 ) -> tuple[Tensor, Tensor, Tensor]:
     dq, dk, dv = (t.new_empty(t.shape) for t in (q_BTHK, k_BTGK, v_BTGK))
     return dq, dk, dv
+
+
+@torch.library.custom_op("fairway::flash_attention_backward_by_member", mutates_args=())
+def flash_attention_backward_by_member(
+    grad_BTHK: Tensor,
+    q_BTHK: Tensor,
+    k_BTGK: Tensor,
+    v_BTGK: Tensor,
+    out_BTHK: Tensor,
+    lse_BHT: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradient at q; those at k and v apart, [R, B, T, G, K] to be summed over R; contiguous.
+
+    One call for the r-th query head of every group. No two query heads of a call share a key head,
+    so the kernels write dK and dV once, in bfloat16, where a call for all clears, adds to and
+    converts float32 sums. Every member's gradient is rounded on its own. Raises as `attention`.
+    """
+    check_heads(q=q_BTHK, k=k_BTGK, v=v_BTGK, grad=grad_BTHK, out=out_BTHK)
+    R = q_BTHK.shape[2] // k_BTGK.shape[2]
+    dq = q_BTHK.new_empty(q_BTHK.shape)
+    dk_RBTGK, dv_RBTGK = (t.new_empty((R, *t.shape)) for t in (k_BTGK, v_BTGK))
+    with torch.cuda.device_of(q_BTHK):
+        for r in range(R):
+            # Every R-th head is read and written where it lies, not copied: heads of a multiple of
+            # 16 bytes stay aligned. Only lse, if 4 does not divide T, is copied by the package.
+            q, grad, out, member = (t[:, :, r::R] for t in (q_BTHK, grad_BTHK, out_BTHK, dq))
+            interface()._flash_attn_bwd(
+                q, k_BTGK, v_BTGK, out, grad, lse_BHT[:, r::R], causal=True,
+                dq=member, dk=dk_RBTGK[r], dv=dv_RBTGK[r],
+            )  # fmt: skip
+    return dq, dk_RBTGK, dv_RBTGK
+
+
+@flash_attention_backward_by_member.register_fake
+def _(
+    grad_BTHK: Tensor,
+    q_BTHK: Tensor,
+    k_BTGK: Tensor,
+    v_BTGK: Tensor,
+    out_BTHK: Tensor,
+    lse_BHT: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    R = q_BTHK.shape[2] // k_BTGK.shape[2]
+    dk_RBTGK, dv_RBTGK = (t.new_empty((R, *t.shape)) for t in (k_BTGK, v_BTGK))
+    return q_BTHK.new_empty(q_BTHK.shape), dk_RBTGK, dv_RBTGK
 
 
 def _save(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, Tensor]) -> None:

@@ -71,14 +71,21 @@ def split_heads_kernel(
 
 
 @triton.jit
-def _heads_gradient(source, grad, out, row, inside, c, s, partner, gain, eps, W: tl.constexpr,
-                    HEADS: tl.constexpr, K: tl.constexpr):  # fmt: skip
-    """Gradient before norm, rotary and gain, into columns of width W; that of the gain, by row."""
+def _heads_gradient(source, grad, out, row, inside, c, s, partner, gain, eps, M, W: tl.constexpr,
+                    HEADS: tl.constexpr, K: tl.constexpr, PARTS: tl.constexpr):  # fmt: skip
+    """Gradient before norm, rotary and gain, into columns of width W; that of the gain, by row.
+
+    The gradient after them is the sum of PARTS arrays of M rows, one behind the other.
+    """
     h, d = tl.arange(0, HEADS)[None, :, None], tl.arange(0, K)[None, None, :]
     x = tl.load(source + row * W + h * K + d, mask=inside, other=0.0).to(tl.float32)
     to = (row * HEADS + h) * K
     turned = tl.load(grad + to + d, mask=inside, other=0.0).to(tl.float32)
     other = tl.load(grad + to + partner, mask=inside, other=0.0).to(tl.float32)
+    for part in tl.static_range(1, PARTS):
+        more = grad + part * (M * HEADS * K) + to
+        turned += tl.load(more + d, mask=inside, other=0.0).to(tl.float32)
+        other += tl.load(more + partner, mask=inside, other=0.0).to(tl.float32)
     straight = turned * c - other * s  # turned back: the rotation's transpose
     inverse = tl.rsqrt(tl.sum(x * x, axis=2, keep_dims=True) / K + eps)
     normed = inverse * x
@@ -92,6 +99,7 @@ def _heads_gradient(source, grad, out, row, inside, c, s, partner, gain, eps, W:
 def split_heads_backward_kernel(
     dq, dk, dv, dv_more, qkv, gain, cos, sin, dqkv, sums, M, T, eps,
     H: tl.constexpr, G: tl.constexpr, K: tl.constexpr, HALF: tl.constexpr, ROWS: tl.constexpr,
+    PARTS: tl.constexpr,
 ):  # fmt: skip
     """Joint gradient of every P-th group of rows, and partial sums of the gains'."""
     W: tl.constexpr = (H + 2 * G) * K
@@ -102,12 +110,17 @@ def split_heads_backward_kernel(
         row = (first + tl.arange(0, ROWS))[:, None, None]
         inside = row < M
         c, s, partner = _turn(cos, sin, row, T, HALF, K)
-        sum_gain += _heads_gradient(qkv, dq, dqkv, row, inside, c, s, partner, gains, eps, W, H, K)
+        sum_gain += _heads_gradient(
+            qkv, dq, dqkv, row, inside, c, s, partner, gains, eps, M, W, H, K, 1
+        )
         _heads_gradient(
-            qkv + H * K, dk, dqkv + H * K, row, inside, c, s, partner, 1.0, eps, W, G, K
+            qkv + H * K, dk, dqkv + H * K, row, inside, c, s, partner, 1.0, eps, M, W, G, K, PARTS
         )
         values = tl.load(dv + row * (G * K) + column, mask=inside, other=0.0).to(tl.float32)
         values += tl.load(dv_more + row * (G * K) + column, mask=inside, other=0.0).to(tl.float32)
+        for part in tl.static_range(1, PARTS):
+            more = dv + part * (M * G * K) + row * (G * K) + column
+            values += tl.load(more, mask=inside, other=0.0).to(tl.float32)
         values = values.to(dqkv.dtype.element_ty)
         tl.store(dqkv + (H + G) * K + row * W + column, values, mask=inside)
     at = tl.program_id(0) * H + tl.arange(0, H)
@@ -223,10 +236,11 @@ def split_heads_backward(
 ) -> tuple[Tensor, Tensor]:
     """Gradient at qkv, [B, T, W], and partial sums [P, H] of that at the gains.
 
-    `dv` and `dv_more` are the gradients of the two readers of v, added on the way.
+    Gradients that more than one reader sends are added on the way: `dk` and `dv` are both
+    [B, T, G, K] or both [parts, B, T, G, K], and `dv_more` is another at v.
     """
     B, T, _ = qkv.shape
-    (H, K), G = dq.shape[2:], dk.shape[2]
+    (H, K), G = dq.shape[2:], dk.shape[-2]
     programs = block.count(B * T)
     dqkv = torch.empty_like(qkv)
     sums = torch.empty((programs, H), dtype=torch.float32, device=qkv.device)
@@ -249,6 +263,7 @@ def split_heads_backward(
         K=K,
         HALF=cos.shape[1],
         ROWS=block.rows,
+        PARTS=1 if dk.ndim == 4 else dk.shape[0],
         num_warps=block.warps,
     )
     return dqkv, sums

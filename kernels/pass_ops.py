@@ -147,8 +147,17 @@ def split_heads_backward(
     cos: Tensor,
     sin: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    """Gradient at qkv, [B, T, W], and partial sums [P, H] of that at the gains."""
+    """Gradient at qkv, [B, T, W], and partial sums [P, H] of that at the gains.
+
+    `dk` and `dv` are [B, T, G, K], or as many of them to be added, [parts, B, T, G, K].
+
+    Raises:
+        ValueError: an argument is not on a CUDA device or not contiguous, or dk and dv differ in
+            shape.
+    """
     check_cuda_tensors(dq=dq, dk=dk, dv=dv, dv_more=dv_more, qkv=qkv)
+    if dk.shape != dv.shape:
+        raise ValueError(f"dk {tuple(dk.shape)} and dv {tuple(dv.shape)} must be of one shape")
     return heads_triton.split_heads_backward(dq, dk, dv, dv_more, qkv, gain_H, cos, sin)
 
 

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kernels import passes, reference
+from kernels import heads_flash4, passes, reference
 from kernels.mlp import mlp
 from kernels.reference import rms_norm
 from trainer import layers
@@ -378,15 +378,13 @@ class GPT(nn.Module):
         """Grouped-query attention with normalised q and k, partial rotary and XSA."""
         gain_H = self.block(i).attn.q_gain
         if cache is None and last is None:
-            q, k, v, own_v = passes.split_heads(
-                F.linear(x, weights.qkv[i]),
-                value_embed,
-                gain_H,
-                self.config.kv_heads,
-                *rotary,
-                backend=self.passes_backend,
-            )
-            y = layers.causal_attention(q, k, v, self.attention_backend)
+            kv_heads = self.config.kv_heads
+            heads = (F.linear(x, weights.qkv[i]), value_embed, gain_H, kv_heads, *rotary)
+            if (self.attention_backend, self.passes_backend) == ("flash4", "triton"):
+                y, own_v = heads_flash4.attend(*heads)
+            else:
+                q, k, v, own_v = passes.split_heads(*heads, backend=self.passes_backend)
+                y = layers.causal_attention(q, k, v, self.attention_backend)
             y = passes.exclude_self(y, own_v, backend=self.passes_backend)
         else:
             y = self._attend_partly(

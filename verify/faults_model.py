@@ -239,6 +239,20 @@ FAULTS = [
         _KERNELS,
     ),
     Fault(
+        "kernels/heads_triton.py",
+        "the values miss what the later members of a group send",
+        "for part in tl.static_range(1, PARTS):\n            more = dv",
+        "for part in tl.static_range(1, 1):\n            more = dv",
+        _PASSES,
+    ),
+    Fault(
+        "kernels/flash4.py",
+        "a member's queries meet another member's gradient",
+        "q, grad, out, member = (t[:, :, r::R] for",
+        "q, grad, out, member = (t[:, :, R - 1 - r :: R] if t is q_BTHK else t[:, :, r::R] for",
+        ("verify/test_flash4.py",),
+    ),
+    Fault(
         "kernels/passes.py",
         "the branch gets no gradient",
         "d_branch = dx if ctx.has_branch else None",

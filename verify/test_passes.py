@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from kernels import passes, reference
+from kernels import pass_ops, passes, reference
 from kernels.checks import check_cuda_tensors, check_power_of_two, check_rows
 from trainer.config import ModelConfig
 from trainer.model import GPT
@@ -80,8 +80,8 @@ def add_norm(seed, m, d, more, block):
 @many
 @given(seed=st.integers(0, 99), b=st.integers(1, 2), t=st.integers(1, 6),
        heads=st.sampled_from([(4, 2), (2, 2), (4, 1)]), half=st.integers(1, 4),
-       embed=st.booleans(), block=blocks)
-def heads(seed, b, t, heads, half, embed, block):
+       embed=st.booleans(), parts=st.integers(0, 3), block=blocks)
+def heads(seed, b, t, heads, half, embed, parts, block):
     (h, g), k = heads, 8
     qkv, value_embed = draw(seed, (b, t, (h + 2 * g) * k), (b, t, g * k))
     gain, angle = draw(seed + 1, (h,), (t, half))
@@ -92,12 +92,18 @@ def heads(seed, b, t, heads, half, embed, block):
     dq, dk, dv = grads
     more, = draw(seed + 3, dv.shape)
     ((want[0] * dq).sum() + (want[1] * dk).sum() + (want[2] * (dv + more)).sum()).backward()
+    dk, dv = (single(x) for x in (dk, dv))
+    if parts:  # gradients that come in parts are drawn apart; the last part makes up the sum
+        (dk, dv), apart = (dk[None], dv[None]), draw(seed + 4, *[(parts - 1, *dk.shape)] * 2)
+        dk, dv = (
+            torch.cat((single(x), whole - single(x).sum(0, keepdim=True)))
+            for x, whole in zip(apart, (dk, dv), strict=True))
     got = heads_triton.split_heads(
         single(qkv), single(value_embed), single(gain), g, cos, sin, block)
     assert len(got) == (3 if embed else 2)
     compare("qkv"[:len(got)], got, want[:len(got)], 16 * k)
     dqkv, sums = heads_triton.split_heads_backward(
-        *(single(x) for x in (*grads, more)), single(qkv), single(gain), cos, sin, block)
+        single(dq), dk, dv, single(more), single(qkv), single(gain), cos, sin, block)
     compare(("dqkv", "dgain"), (dqkv, sums.sum(0)), (qkv.grad, gain.grad), 64 * k * (b * t + h))
 
 @many
@@ -134,16 +140,19 @@ def test_passes_equal_the_reference_in_the_interpreter(name: str) -> None:
 
 
 MODEL = """
-import torch
-from kernels import pass_ops
+import sys, torch
+from kernels import flash4, pass_ops
 from trainer.model import GPT
+from verify import flash4_stand_in
 from verify.models import random_model
 from verify.tolerance import check, relative_error, rounding_budget
 
 for check_place in ("check_cuda_tensors", "check_rows"):
     setattr(pass_ops, check_place, lambda **tensors: None)  # the interpreter takes CPU tensors
+for name, replacement in flash4_stand_in.replacements().items():
+    setattr(flash4, name, replacement)
 plain = random_model().requires_grad_()
-fused = GPT(plain.config, passes="triton")
+fused = GPT(plain.config, passes="triton", attention=sys.argv[1])
 fused.load_state_dict(plain.state_dict())
 ids, targets = torch.randint(64, (2, 2, 24), generator=torch.Generator().manual_seed(0))
 want = plain.loss(ids, targets)
@@ -165,9 +174,21 @@ with torch.no_grad():
 """
 
 
-def test_the_model_with_fused_passes_equals_the_plain_one() -> None:
+@pytest.mark.parametrize("attention", ["sdpa", "flash4"])
+def test_the_model_with_fused_passes_equals_the_plain_one(attention: str) -> None:
     """Loss and every gradient through the compiler's whole graph equal the plain model's."""
-    run_interpreted(MODEL)
+    run_interpreted(MODEL, attention)
+
+
+def test_gradients_in_parts_are_of_one_shape(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The keys' gradient in two parts with the values' in one is refused, and told why."""
+    monkeypatch.setattr(pass_ops, "check_cuda_tensors", lambda **_: None)
+    one, table = torch.zeros(1, 2, 2, 8), torch.zeros(2, 2)
+    with pytest.raises(ValueError, match="must be of one shape"):
+        pass_ops.split_heads_backward(
+            one, torch.stack((one, one)), one, one, torch.zeros(1, 2, 48), torch.ones(2),
+            table, table,
+        )  # fmt: skip
 
 
 # What is refused.

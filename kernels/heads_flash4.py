@@ -1,0 +1,67 @@
+"""Head passes and FlashAttention for Hopper as one differentiable function.
+
+The R query heads of a group each send their key/value head a gradient. Attention's backward pass
+leaves the R apart, which spares it float32 sums in memory, and the head pass adds them as it reads
+them. Between two functions autograd would add them in a pass of its own.
+
+Letters: B windows, T positions, H query heads, G key/value heads, K head size, W joint width,
+R = H/G.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kernels import flash4
+
+
+def attend(
+    qkv_BTW: Tensor,
+    value_embed: Tensor | None,
+    gain_H: Tensor,
+    kv_heads: int,
+    cos: Tensor,
+    sin: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """Causal attention [B, T, H, K] between the heads of `qkv`, and the values [B, T, G, K].
+
+    `kernels.passes.split_heads` followed by `kernels.flash4.attention`, gradients too; arguments,
+    bfloat16 on a Hopper GPU, and errors are theirs.
+    """
+    value_embed = None if value_embed is None else value_embed.contiguous()
+    return _Attend.apply(qkv_BTW.contiguous(), value_embed, gain_H, kv_heads, cos, sin)
+
+
+class _Attend(torch.autograd.Function):
+    """Both operators, each way."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        qkv: Tensor,
+        value_embed: Tensor | None,
+        gain_H: Tensor,
+        kv_heads: int,
+        cos: Tensor,
+        sin: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        from kernels import pass_ops
+
+        q, k, *more = pass_ops.split_heads(qkv, value_embed, gain_H, kv_heads, cos, sin)
+        v = more[0] if more else qkv[..., -k.shape[2] * k.shape[3] :].view_as(k)
+        out, lse = flash4.flash_attention(q, k, v)
+        ctx.save_for_backward(qkv, gain_H, cos, sin, q, k, v, out, lse)
+        ctx.has_embed = value_embed is not None
+        return out, v
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        from kernels import pass_ops
+
+        qkv, gain_H, cos, sin, *attended = ctx.saved_tensors
+        d_out, dv_more = (g.contiguous() for g in grads)
+        dq, dk, dv = flash4.flash_attention_backward_by_member(d_out, *attended)
+        dqkv, sums_PH = pass_ops.split_heads_backward(dq, dk, dv, dv_more, qkv, gain_H, cos, sin)
+        d_embed = dqkv[..., -dv.shape[3] * dv.shape[4] :] if ctx.has_embed else None
+        return dqkv, d_embed, sums_PH.sum(dim=0), None, None, None
