@@ -228,6 +228,10 @@ class GPT(nn.Module):
         if cache is not None:
             positions_T = positions_T + cache.position
         x0 = self._embed(ids_BT, positions_T, cache, weights)
+        if not torch.is_grad_enabled():
+            # Where nothing is kept for a backward pass, Inductor would compute x0 anew for every
+            # kernel that takes it as rows; this view of itself makes it a tensor in memory.
+            x0 = x0.as_strided(x0.shape, x0.stride())
         value_embeds = self._value_embeds(ids_BT, weights)
         rotary = (self.cos[positions_T], self.sin[positions_T])
         stream = Stream(x0)
