@@ -70,9 +70,17 @@ class Schedule:
         """Whether late QAT is active at this learning-rate scale."""
         return scale < self.train.late_qat_below
 
-    def finished(self, step: int, elapsed_s: float) -> bool:
-        """Whether training ends before `step`."""
+    def finished(self, step: int, elapsed_s: float, in_flight: int = 0) -> bool:
+        """Whether training ends before `step`: one more would pass a limit.
+
+        Args:
+            step: steps taken.
+            elapsed_s: seconds they took on the host.
+            in_flight: how many of them the device may still have to do.
+        """
         limits = self.train
         if limits.max_steps is not None and step >= limits.max_steps:
             return True
-        return limits.max_seconds is not None and elapsed_s >= limits.max_seconds
+        if limits.max_seconds is None or step == 0:
+            return False
+        return elapsed_s + (1 + in_flight) * elapsed_s / step > limits.max_seconds

@@ -156,7 +156,7 @@ class _Training:
         loss = norm = torch.tensor(math.nan)
         with progress("training", total) as advance:
             advance(at.step)
-            while not schedule.finished(at.step, at.elapsed_s):
+            while not schedule.finished(at.step, at.elapsed_s, len(in_flight)):
                 scale = schedule.lr_scale(at.step, at.elapsed_s)
                 self.model.late_qat = train.late_qat if schedule.qat_on(scale) else "off"
                 loss, norm = self._step(self.loader, scale, schedule.muon_momentum(at.step))

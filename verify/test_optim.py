@@ -260,11 +260,15 @@ def test_short_runs_scale_step_counts() -> None:
 
 
 def test_training_ends_at_the_first_limit() -> None:
-    """Training ends at max_steps or max_seconds, whichever comes first."""
+    """Training ends at max_steps, or where one more step would pass max_seconds."""
     schedule = Schedule(TrainConfig(max_steps=10, max_seconds=5.0), OptimConfig(), 10)
-    assert not schedule.finished(9, 4.9)
+    assert not schedule.finished(0, 0.0)
+    assert not schedule.finished(9, 4.5), "a tenth step ends at 5.0 s"
+    assert schedule.finished(9, 4.6)
     assert schedule.finished(10, 0.0)
     assert schedule.finished(3, 5.0)
+    assert not schedule.finished(5, 2.5, in_flight=2), "those in flight and one more: 4.0 s"
+    assert schedule.finished(7, 3.6, in_flight=2), "those in flight and one more: 5.1 s"
 
 
 # Averages and QAT.
