@@ -246,6 +246,7 @@ def compare(command: Compare) -> None:
     total = after.step_ms - before.step_ms
     log(f"| **step** | {before.step_ms:.3f} | {after.step_ms:.3f} | {total:+.3f} |")
     bars = {f"before: {before.title}": before, f"after: {after.title}": after}
+    bars = {title.replace(", ", "\n"): profile for title, profile in bars.items()}
     if before.title == after.title:
         bars = {"before": before, "after": after}
     pictures.stacked_bars(command.out, bars)
