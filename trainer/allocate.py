@@ -13,8 +13,8 @@ from torch import Tensor
 from trainer.config import QuantConfig
 
 WIDTHS = (4, 4.5, 5, 5.5, 6, 7, 8)
-"""Bits that `measured` chooses among. At half a bit the grid has 2^-0.5 times the codes of the next
-whole one, in whose range it is stored: once the codes are compressed, their entropy counts."""
+"""Bits that `measured` chooses among: fineness of the step, since once the codes are compressed
+their entropy counts and not their range. Half a bit is a step of 2^0.5."""
 
 BUDGETS = 1 << 14
 """Budgets that the knapsack tells apart: about 1 kB each on the record's model."""

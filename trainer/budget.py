@@ -53,12 +53,21 @@ class Made:
 
 
 def make(
-    model: GPT, hessians: dict[str, Tensor], widths: Iterable[float], quant: QuantConfig
+    model: GPT,
+    hessians: dict[str, Tensor],
+    widths: Iterable[float],
+    quant: QuantConfig,
+    *,
+    even: bool = False,
 ) -> Made:
-    """Quantize every matrix at every width. Raises RunError if a Hessian cannot be used."""
+    """Quantize every matrix at every width, with one step a matrix if `even`.
+
+    Raises:
+        RunError: a Hessian cannot be used.
+    """
     weights = model.matrices()
     made = {
-        bits: quantize_matrices(weights, hessians, dict.fromkeys(weights, bits), quant)
+        bits: quantize_matrices(weights, hessians, dict.fromkeys(weights, bits), quant, even=even)
         for bits in widths
     }
     matrices = {bits: made[bits][0] for bits in made}

@@ -90,9 +90,9 @@ def _measured(
     model: GPT, hessians: dict[str, Tensor], calibration_BT: Tensor, quant: QuantConfig
 ) -> tuple[budget.Made, budget.Bits, dict[str, dict[float, float]]]:
     """4 to 8 bits each, for the least damage that fits beside the code; and every damage."""
-    made = budget.make(model, hessians, allocate.WIDTHS, quant)
+    made = budget.make(model, hessians, allocate.WIDTHS, quant, even=True)
     text_BT = calibration_BT[: damage.SEQUENCES].to(model.qo_bank.device)
-    damages = damage.damage(model, text_BT, made.matrices)
+    damages = damage.damage_by_error(model, text_BT, made.matrices, made.errors)
     knapsack = allocate.Knapsack(damages, made.sizes)
     limit = quant.limit_bytes - codesize.code_bytes()
     bits = budget.largest_fit(

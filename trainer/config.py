@@ -198,8 +198,8 @@ class QuantConfig:
     """Share of the mean diagonal added to the diagonal of each Hessian, once."""
     bits: BitScheme = "mixed"
     """mixed: the int6_matrices most sensitive in int6, the rest int5 (the record). budgeted: as
-    many in int6 as fit. measured: int4 to int8 each, for the least damage, measured on the
-    calibration text, that fits. int5, int6: all alike."""
+    many in int6 as fit. measured: 4 to 8 bits each, one step for all rows of a matrix,
+    for the least damage, measured on the calibration text, that fits. int5, int6: all alike."""
     int6_matrices: int = 10
     """Matrices kept in int6 under `mixed`, by trace of the Hessian."""
     clip_percentiles: tuple[float, ...] = (0.999, 0.9995, 0.9999, 0.99999, 1.0)

@@ -22,6 +22,8 @@ from trainer.model import GPT
 from trainer.progress import progress
 from trainer.quantize import QuantizedMatrix
 
+MEASURED_BITS = 5
+"""Grid whose damage is measured where that of others follows."""
 SEQUENCES = 16
 """Calibration sequences that the damage is measured on."""
 BATCH = 8
@@ -85,6 +87,37 @@ def damage(
     for (name, bits), nats in zip(tries, torch.stack(losses).tolist(), strict=True):
         found[name][bits] = nats
     return found
+
+
+def damage_by_error(
+    model: GPT,
+    ids_BT: Tensor,
+    made: dict[float, dict[str, QuantizedMatrix]],
+    errors: dict[float, dict[str, float]],
+) -> dict[str, dict[float, float]]:
+    """Damage at every width, measured at one: it is proportional to the Hessian-weighted error.
+
+    A small change of a matrix moves the divergence by a quadratic form of the change, of which the
+    weighted error is the cheap part; the factor between them belongs to the matrix, not the grid.
+
+    Args:
+        model, ids_BT, made: as of `damage`; `made` has MEASURED_BITS.
+        errors: Hessian-weighted errors, by bits and name.
+
+    Returns:
+        By name, then bits; never below zero, which noise alone would bring about.
+    """
+    at = MEASURED_BITS
+    measured = damage(model, ids_BT, {at: made[at]})
+    return {
+        name: {
+            bits: max(0.0, found[at]) * (errors[bits][name] / errors[at][name])
+            if errors[at][name] > 0
+            else 0.0
+            for bits in made
+        }
+        for name, found in measured.items()
+    }
 
 
 def _predictions(model: GPT, batches: tuple[Tensor, ...]) -> list[Tensor]:

@@ -9,12 +9,13 @@ Letters: N matrices of one shape, R rows, C columns, L layers.
 import math
 from collections import defaultdict
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from trainer.config import ModelConfig, QuantConfig
-from trainer.gptq import gptq, round_to_nearest, top_code
+from trainer.gptq import gptq, gptq_even, round_to_nearest, top_code
 from trainer.model import GPT
 from trainer.progress import progress
 
@@ -31,7 +32,7 @@ class QuantizedMatrix:
     codes_RC: Tensor
     scales_R: Tensor
     bits: int
-    """Whole bits that hold every code; a grid of 4.5 bits is stored as int5."""
+    """Whole bits that hold every code."""
 
     def decoded(self) -> Tensor:
         """Weights [R, C], float32."""
@@ -56,8 +57,17 @@ def quantize_matrices(
     hessians: dict[str, Tensor],
     bits: dict[str, float],
     config: QuantConfig,
+    *,
+    even: bool = False,
 ) -> tuple[dict[str, QuantizedMatrix], dict[str, float]]:
     """GPTQ of every matrix, equal shapes together, where the weights are (a GPU if there).
+
+    Args:
+        matrices: weights [R, C] by name.
+        hessians: on the same device.
+        bits: of each grid.
+        config: clips, damping, blocks.
+        even: one step for all rows of a matrix, instead of the record's clip per row.
 
     Returns:
         Quantized matrices (on the CPU) and their Hessian-weighted errors, by name.
@@ -72,20 +82,24 @@ def quantize_matrices(
     errors: dict[str, float] = {}
     with progress("GPTQ", len(matrices)) as advance:
         for (_, width), names in groups.items():
-            rounded = gptq(
-                torch.stack([matrices[n] for n in names]).float(),
-                torch.stack([hessians[n] for n in names]).float(),
-                width,
-                clip_percentiles=config.clip_percentiles,
-                damping=config.damping,
-                block_columns=config.block_columns,
+            w_NRC, h_NCC = (
+                torch.stack([tensors[n] for n in names]).float() for tensors in (matrices, hessians)
+            )
+            grid = partial(gptq, clip_percentiles=config.clip_percentiles)
+            rounded = (gptq_even if even else grid)(
+                w_NRC, h_NCC, width, damping=config.damping, block_columns=config.block_columns
             )
             codes, scales = rounded.codes_NRC.cpu(), rounded.scales_NR.cpu()
             for i, name in enumerate(names):
-                results[name] = QuantizedMatrix(codes[i], scales[i], math.ceil(width))
+                results[name] = QuantizedMatrix(codes[i], scales[i], bits_for(codes[i], width))
                 errors[name] = rounded.errors_N[i].item()
             advance(len(names))
     return {name: results[name] for name in matrices}, errors
+
+
+def bits_for(codes_RC: Tensor, width: float) -> int:
+    """Fewest whole bits, of at least `width`, that hold every code."""
+    return max(math.ceil(width), int(codes_RC.abs().amax()).bit_length() + 1)
 
 
 def quantize_table(w_RC: Tensor) -> QuantizedMatrix:

@@ -13,11 +13,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from trainer import allocate, artifact, budget, calibrate, codesize, estimate
+from trainer import allocate, artifact, budget, calibrate, codesize, estimate, quantize
 from trainer.allocate import WIDTHS, Knapsack
 from trainer.compress import quantize_run
 from trainer.config import QuantConfig, RunConfig
-from trainer.damage import damage, exchanged, precise_logits
+from trainer.damage import damage, damage_by_error, exchanged, precise_logits
+from trainer.gptq import top_code
 from trainer.model import GPT
 from trainer.quantize import QuantizedMatrix, dequantize
 from verify.models import TINY, random_model
@@ -40,6 +41,20 @@ def made() -> budget.Made:
     """Every width of every matrix of the subject."""
     model, hessians, _ = subject()
     return budget.make(model, hessians, WIDTHS, QUANT)
+
+
+@cache
+def evenly() -> budget.Made:
+    """The same with one step a matrix, as `measured` has it."""
+    model, hessians, _ = subject()
+    return budget.make(model, hessians, WIDTHS, QUANT, even=True)
+
+
+@cache
+def even_damages() -> dict[str, dict[float, float]]:
+    """Damage of these, measured at every width."""
+    model, _, ids_BT = subject()
+    return damage(model, ids_BT, evenly().matrices)
 
 
 @cache
@@ -125,6 +140,27 @@ def test_damage_is_the_divergence_of_the_predictions() -> None:
     assert all(d[4] > 2 * d[6] > 0 for d in damages().values()), "two bits: about a sixteenth"
 
 
+def test_damage_follows_the_weighted_error() -> None:
+    """Measured at one width and scaled by the error, damage is near what every width measures."""
+    model, _, ids_BT = subject()
+    scaled = damage_by_error(model, ids_BT, evenly().matrices, evenly().errors)
+    measured = even_damages()
+    for name, by_bits in scaled.items():
+        assert list(by_bits) == list(WIDTHS)
+        assert by_bits[5] == pytest.approx(measured[name][5])
+        for bits in (4, 4.5, 5.5, 6):
+            assert by_bits[bits] == pytest.approx(measured[name][bits], rel=0.5)
+        assert list(by_bits.values()) == sorted(by_bits.values(), reverse=True)
+
+
+def test_a_matrix_without_error_does_no_damage() -> None:
+    """Where no code errs nothing is divided by zero, and noise below zero counts as zero."""
+    model, _, ids_BT = subject()
+    none = dict.fromkeys(model.matrices(), 0.0)
+    found = damage_by_error(model, ids_BT, {5: made().matrices[5], 6: {}}, {5: none, 6: none})
+    assert all(set(d.values()) == {0.0} for d in found.values())
+
+
 def test_rounding_of_activations_is_not_taken_for_damage() -> None:
     """A bfloat16 model whose matrix is exchanged for one as precise as bfloat16 shows none."""
     _, _, ids_BT = subject()
@@ -158,10 +194,6 @@ def _run(bits: str, limit_bytes: int, path: Path) -> dict[str, float]:
     return {m["name"]: m["bits"] for m in summary["matrices"]}
 
 
-def _nats(bits: dict[str, float]) -> float:
-    return sum(damages()[n][b] for n, b in bits.items())
-
-
 @pytest.mark.parametrize("share", [0.2, 0.7])
 def test_measured_bits_fit_and_hurt_least(share: float, tmp_path: Path) -> None:
     """The artifact fits the limit, is nearly full, and does no more damage than `budgeted`."""
@@ -169,9 +201,11 @@ def test_measured_bits_fit_and_hurt_least(share: float, tmp_path: Path) -> None:
     room = round(ends[0] + share * (ends[1] - ends[0]))
     limit = room + codesize.code_bytes()
     measured = _run("measured", limit, tmp_path / "measured.fwy")
-    size = len(artifact.pack(made().chosen(measured)))
+    size = len(artifact.pack(evenly().chosen(measured)))
     assert 0.97 * room <= size <= room
-    assert _nats(measured) <= _nats(_run("budgeted", limit, tmp_path / "budgeted.fwy"))
+    budgeted = _run("budgeted", limit, tmp_path / "budgeted.fwy")
+    ours = sum(even_damages()[n][b] for n, b in measured.items())
+    assert ours <= sum(damages()[n][b] for n, b in budgeted.items())
 
 
 def test_unbounded_measured_bits_are_the_largest_and_come_back(tmp_path: Path) -> None:
@@ -198,6 +232,16 @@ def test_every_width_survives_the_file() -> None:
         assert torch.equal(matrix.scales_R, other.scales_R)
     state, again = dequantize(packed), dequantize(read)
     assert all(torch.equal(state[n], again[n]) for n in state)
+
+
+def test_declared_bits_hold_every_code() -> None:
+    """A matrix with one step is declared with as many bits as its codes take, 4 to 8."""
+    for by_name in evenly().matrices.values():
+        for matrix in by_name.values():
+            assert 4 <= matrix.bits <= 8
+            assert matrix.codes_RC.abs().max() <= top_code(matrix.bits)
+    wide = quantize.bits_for(torch.tensor([[16, -3]]), 4.5)
+    assert wide == 6, "16 is beyond int5"
 
 
 def test_estimates_are_sums_over_matrices() -> None:

@@ -310,6 +310,8 @@ def test_schemes_are_judged_as_artifacts_and_the_model_is_put_back() -> None:
         assert torch.equal(up, made.matrices[5]["blocks.0.up"].decoded())
         assert not torch.equal(subject.model.tok_emb.weight, before["tok_emb.weight"])
     assert all(torch.equal(t, before[n]) for n, t in subject.model.state_dict().items())
-    with allocator.packer(made, subject) as packer:
-        assert packer.start(bits) is packer.start(dict(bits)), "compressed once"
-        assert packer.size(bits) == made.packed_bytes(bits, "brotli")
+    even = budget.make(subject.model, subject.hessians, (5,), CONFIG.quant, even=True)
+    with allocator.packer(subject) as packer:
+        assert packer.start(made, bits) is packer.start(made, dict(bits)), "compressed once"
+        assert packer.size(made, bits) == made.packed_bytes(bits, "brotli")
+        assert packer.size(even, bits) == even.packed_bytes(bits, "brotli")

@@ -26,6 +26,22 @@ Damages = dict[str, dict[float, float]]
 
 
 @dataclass(frozen=True)
+class Grids:
+    """Every matrix at several widths of one kind of grid, and the damage of each."""
+
+    made: Made
+    damages: Damages
+
+    def expected(self, bits: Bits) -> float:
+        """Damage of all matrices together, nats per token."""
+        return sum(self.damages[n][b] for n, b in bits.items())
+
+
+Chosen = tuple[Grids, Bits]
+"""What a scheme makes an artifact of."""
+
+
+@dataclass(frozen=True)
 class Scheme:
     """One way to choose bits, and what came of it."""
 
@@ -58,28 +74,28 @@ class PointOnFrontier:
 class Packer:
     """Exact sizes of artifacts, each compressed once; in the background if asked for early."""
 
-    def __init__(self, made: Made, subject: Subject, pool: ThreadPoolExecutor) -> None:
-        self.made, self.pool = made, pool
+    def __init__(self, subject: Subject, pool: ThreadPoolExecutor) -> None:
+        self.pool = pool
         self.compressor: Compressor = subject.config.quant.compressor
-        self._sizes: dict[tuple[float, ...], Future[int]] = {}
+        self._sizes: dict[tuple[int, tuple[float, ...]], Future[int]] = {}
 
-    def start(self, bits: Bits) -> Future[int]:
+    def start(self, made: Made, bits: Bits) -> Future[int]:
         """Begin to compress, if not begun before."""
-        key = tuple(bits[name] for name in self.made.sizes)
+        key = id(made), tuple(bits[name] for name in made.sizes)
         if key not in self._sizes:
-            self._sizes[key] = self.pool.submit(self.made.packed_bytes, bits, self.compressor)
+            self._sizes[key] = self.pool.submit(made.packed_bytes, bits, self.compressor)
         return self._sizes[key]
 
-    def size(self, bits: Bits) -> int:
+    def size(self, made: Made, bits: Bits) -> int:
         """Bytes of the artifact with these bits."""
-        return self.start(bits).result()
+        return self.start(made, bits).result()
 
 
 @contextmanager
-def packer(made: Made, subject: Subject) -> Iterator[Packer]:
+def packer(subject: Subject) -> Iterator[Packer]:
     """A packer with one worker; `artifact.pack` itself uses all cores."""
     with ThreadPoolExecutor(1) as pool:
-        yield Packer(made, subject, pool)
+        yield Packer(subject, pool)
 
 
 def fixed_schemes(subject: Subject) -> dict[str, Bits]:
@@ -94,43 +110,46 @@ def fixed_schemes(subject: Subject) -> dict[str, Bits]:
 
 
 def choose(
-    subject: Subject, packer: Packer, knapsack: Knapsack, limit_bytes: int
-) -> dict[str, Bits]:
+    subject: Subject, packer: Packer, clipped: Grids, even: Grids, limit_bytes: int
+) -> dict[str, Chosen]:
     """All schemes: the fixed ones, and those that fill the bytes of `mixed` or of the limit.
 
     Args:
         subject: the model.
-        packer: of its matrices.
-        knapsack: of the measured damage.
+        packer: for exact sizes.
+        clipped: the record's grids, a clip per row.
+        even: those of `measured`, one step a matrix.
         limit_bytes: limit on the artifact, code taken off.
     """
-    made, schemes = packer.made, fixed_schemes(subject)
-    mixed = list(schemes.values())[1]
-    mixed_bytes = packer.size(mixed)
+    made = clipped.made
+    schemes: dict[str, Chosen] = {n: (clipped, b) for n, b in fixed_schemes(subject).items()}
+    mixed = list(schemes.values())[1][1]
+    mixed_bytes = packer.size(made, mixed)
     ratio = mixed_bytes / made.estimated_bytes(mixed)
+    knapsack = Knapsack(even.damages, even.made.sizes)
 
-    def measured(limit: int) -> Bits:
-        slack = int(SLACK_SHARE * limit)
-        return largest_fit(
-            made,
+    def measured(limit: int) -> Chosen:
+        return even, largest_fit(
+            even.made,
             knapsack.bits,
             knapsack.highest,
             limit,
-            packer.size,
-            slack_bytes=slack,
+            lambda bits: packer.size(even.made, bits),
+            slack_bytes=int(SLACK_SHARE * limit),
             ratio=ratio,
         )
 
     order = allocate.ranked(allocate.sensitivity(subject.hessians))
     schemes["measured, no larger than mixed"] = measured(mixed_bytes)
-    schemes["budgeted: trace(H) fills the limit"] = largest_fit(
+    budgeted = largest_fit(
         made,
         lambda count: allocate.bits_with(order, count),
         len(order),
         limit_bytes,
-        packer.size,
+        lambda bits: packer.size(made, bits),
         ratio=ratio,
     )
+    schemes["budgeted: trace(H) fills the limit"] = clipped, budgeted
     schemes["measured, fills the limit"] = measured(limit_bytes)
     return schemes
 
@@ -138,8 +157,7 @@ def choose(
 def judge(
     subject: Subject,
     packer: Packer,
-    schemes: dict[str, Bits],
-    damages: Damages,
+    schemes: dict[str, Chosen],
     whole_B: Tensor,
     limit_bytes: int,
 ) -> list[Scheme]:
@@ -147,16 +165,15 @@ def judge(
 
     Args:
         subject: the model; its weights are exchanged for each scheme's and put back.
-        packer: of its matrices.
-        schemes: bits by name.
-        damages: expected damage by matrix and bits.
+        packer: for exact sizes.
+        schemes: by name.
         whole_B: held-out losses of the unquantized model, by window.
         limit_bytes: limit on the artifact, code taken off.
     """
     losses: dict[str, Tensor] = {}
     with progress("schemes", len(schemes)) as advance:
-        for name, bits in schemes.items():
-            with decoded(subject, packer.made.chosen(bits)):
+        for name, (grids, bits) in schemes.items():
+            with decoded(subject, grids.made.chosen(bits)):
                 losses[name] = window_nats(subject)
             advance()
     mixed_B = losses[next(name for name in schemes if name.startswith("mixed"))]
@@ -164,13 +181,13 @@ def judge(
         Scheme(
             name=name,
             bits=bits,
-            artifact_bytes=packer.size(bits),
-            fits=packer.size(bits) <= limit_bytes,
-            expected_nats=sum(damages[n][b] for n, b in bits.items()),
+            artifact_bytes=packer.size(grids.made, bits),
+            fits=packer.size(grids.made, bits) <= limit_bytes,
+            expected_nats=grids.expected(bits),
             change=Estimate.of(losses[name] - whole_B),
             against_mixed=Estimate.of(losses[name] - mixed_B),
         )
-        for name, bits in schemes.items()
+        for name, (grids, bits) in schemes.items()
     ]
 
 
@@ -185,13 +202,11 @@ def decoded(subject: Subject, packed: QuantizedModel) -> Iterator[None]:
         subject.model.load_state_dict(kept)
 
 
-def frontier(
-    made: Made, knapsack: Knapsack, damages: Damages, points: int
-) -> list[PointOnFrontier]:
+def frontier(grids: Grids, points: int) -> list[PointOnFrontier]:
     """The measured scheme at sizes from all-smallest to all-largest."""
+    knapsack = Knapsack(grids.damages, grids.made.sizes)
     found = []
     for i in range(points):
         bits = knapsack.bits(round(i * knapsack.highest / (points - 1)))
-        nats = sum(damages[n][b] for n, b in bits.items())
-        found.append(PointOnFrontier(made.estimated_bytes(bits), nats))
+        found.append(PointOnFrontier(grids.made.estimated_bytes(bits), grids.expected(bits)))
     return found

@@ -15,11 +15,11 @@ import torch
 import tyro
 
 from profiles.model import allocator, heads, losses, pictures, ranks, sensitivity, text
+from profiles.model.allocator import Grids
 from profiles.model.calibration import calibration
 from profiles.model.findings import Findings, Text
 from profiles.model.subject import Estimate, Subject, open_subject, predict
 from trainer import allocate, budget, codesize, damage, environment, files
-from trainer.allocate import Knapsack
 from trainer.errors import ConfigError
 from trainer.progress import log
 from trainer.tokenizer import Tokenizer
@@ -27,6 +27,7 @@ from trainer.tokenizer import Tokenizer
 TOKENS = {"cuda": 1 << 20, "cpu": 1 << 15}
 SWEEP_TOKENS = {"cuda": 1 << 17, "cpu": 1 << 12}
 FRONTIER_POINTS = 60
+RECORD_WIDTHS = (5, 6)
 
 
 @dataclass(frozen=True)
@@ -109,16 +110,18 @@ def analyse(
     model, quant = subject.model, subject.config.quant
     watch = _Stopwatch(subject.inputs_BT.device)
     with watch.part("GPTQ"):
-        made = budget.make(model, subject.hessians, allocate.WIDTHS, quant)
-    with allocator.packer(made, subject) as packer:
+        made = budget.make(model, subject.hessians, sorted({*RECORD_WIDTHS, *widths}), quant)
+        even = budget.make(model, subject.hessians, allocate.WIDTHS, quant, even=True)
+    with allocator.packer(subject) as packer:
         for bits in allocator.fixed_schemes(subject).values():
-            packer.start(bits)
+            packer.start(made, bits)
         with watch.part("predictions"):
             predictions = predict(subject)
             whole_B = predictions.nats_BT.double().mean(dim=1)
         with watch.part("expected damage"):
             own_text_BT = subject.calibration_BT[: damage.SEQUENCES]
             expected = damage.damage(model, own_text_BT, made.matrices)
+            even_expected = damage.damage_by_error(model, own_text_BT, even.matrices, even.errors)
         with watch.part("held-out sensitivity"):
             swept_B = whole_B[: len(sweep.inputs_BT)]
             changes = sensitivity.held_out_changes(sweep, made, swept_B, widths)
@@ -130,9 +133,9 @@ def analyse(
             drawable = (classes_V != losses.CLASSES.index("control")).nonzero().flatten()
             looked = heads.look_at_heads(model, subject.inputs_BT, drawable.to(watch.device))
         with watch.part("schemes"):
-            knapsack = Knapsack(expected, made.sizes)
-            chosen = allocator.choose(subject, packer, knapsack, limit_bytes)
-            schemes = allocator.judge(subject, packer, chosen, expected, whole_B, limit_bytes)
+            clipped, evens = Grids(made, expected), Grids(even, even_expected)
+            chosen = allocator.choose(subject, packer, clipped, evens, limit_bytes)
+            schemes = allocator.judge(subject, packer, chosen, whole_B, limit_bytes)
     trace = allocate.sensitivity(subject.hessians)
     measures = sensitivity.measures(made, expected)
     measures[f"held-out change at int{min(widths):g}"] = {
@@ -163,7 +166,7 @@ def analyse(
         by_position=losses.by_position(predictions.nats_BT),
         calibration=calibration(predictions.confidence_BT, predictions.correct_BT),
         schemes=schemes,
-        frontier=allocator.frontier(made, knapsack, expected, FRONTIER_POINTS),
+        frontier=allocator.frontier(evens, FRONTIER_POINTS),
         limit_bytes=limit_bytes,
         seconds=watch.seconds,
     )

@@ -80,8 +80,9 @@ def _allocator(found: Findings) -> str:
                 rows,
             ),
             "`expected` sums each matrix's own damage on the model's own text, by which `measured` "
-            "chooses; the int8 tables are not in it. `held out` is the change of the loss with the "
-            "whole artifact. Sizes are exact and before any pruning.",
+            "chooses; the int8 tables are not in it. `measured` has one step for all rows of a "
+            "matrix, the others the record's clip per row. `held out` is the change of the loss "
+            "with the whole artifact. Sizes are exact and before any pruning.",
             "![Schemes](allocator.png)",
         )
     )
