@@ -4,7 +4,7 @@
 bits for each, for the least measured damage in the bytes there are.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 
 from torch import Tensor
@@ -16,7 +16,7 @@ from trainer.config import QuantConfig
 from trainer.model import GPT
 from trainer.quantize import QuantizedMatrix, QuantizedModel, quantize_matrices, with_matrices
 
-Bits = dict[str, float]
+Bits = Mapping[str, float]
 """Bits of every matrix, by name."""
 
 

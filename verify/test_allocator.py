@@ -79,8 +79,13 @@ def test_knapsack_is_as_good_as_trying_everything(
     table: list[list[tuple[int, int]]], share: float
 ) -> None:
     """At any budget no other choice of that size does less damage, up to the rounding of sizes."""
-    sizes = {f"m{i}": {b: float(o[0]) for b, o in enumerate(row)} for i, row in enumerate(table)}
-    hurts = {f"m{i}": {b: float(o[1]) for b, o in enumerate(row)} for i, row in enumerate(table)}
+    sizes, hurts = (
+        {
+            f"m{i}": {float(b): float(o[of]) for b, o in enumerate(row)}
+            for i, row in enumerate(table)
+        }
+        for of in (0, 1)
+    )
     knapsack = Knapsack(hurts, sizes)
     units = round(share * knapsack.highest)
     chosen = knapsack.bits(units)

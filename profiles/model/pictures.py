@@ -1,6 +1,6 @@
 """PNG pictures of the findings."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +31,7 @@ def draw_all(folder: Path, found: Findings) -> None:
         plt.close(figure)
 
 
-def _grid(values: dict[str, float]) -> np.ndarray:
+def _grid(values: Mapping[str, float]) -> np.ndarray:
     """Matrices as layers (rows) by kinds (columns)."""
     grid = np.full((1 + max(map(layer, values)), len(KINDS)), np.nan)
     for name, value in values.items():
