@@ -41,12 +41,25 @@ def check_dpre(go_MD: Tensor, w_down_DF: Tensor, act_grad_MF: Tensor) -> None:
 
 def require_hopper(tensor: Tensor) -> None:
     """The tensor's GPU must be Hopper. Raises RuntimeError."""
-    capability = _capability(tensor.device)
+    require_hopper_device(tensor.device, "the fused kernels need", "backend 'reference'")
+
+
+def require_hopper_device(device: torch.device, needing: str, instead: str) -> None:
+    """The GPU must be Hopper.
+
+    Args:
+        device: a CUDA device.
+        needing: who needs it, with its verb, for the message.
+        instead: what to choose on another GPU, likewise.
+
+    Raises:
+        RuntimeError: it is another.
+    """
+    capability = _capability(device)
     if capability != (9, 0):
         raise RuntimeError(
-            f"{torch.cuda.get_device_name(tensor.device)} has compute capability "
-            f"{capability[0]}.{capability[1]}; the fused kernels need 9.0 (Hopper). "
-            "Choose backend 'reference' here."
+            f"{torch.cuda.get_device_name(device)} has compute capability "
+            f"{capability[0]}.{capability[1]}; {needing} 9.0 (Hopper). Choose {instead} here."
         )
 
 

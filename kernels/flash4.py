@@ -22,6 +22,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kernels.checks import require_hopper_device
+
 VERSION = "4.0.0b36"
 INSTALL = f'pip install "flash-attn-4[cu13]=={VERSION}"'
 
@@ -71,16 +73,9 @@ def interface() -> Any:
         ) from error
 
 
-@cache
 def require_hopper(device: torch.device) -> None:
     """The GPU must be Hopper, the only one these calls were checked on. Raises RuntimeError."""
-    capability = torch.cuda.get_device_capability(device)
-    if capability != (9, 0):
-        raise RuntimeError(
-            f"{torch.cuda.get_device_name(device)} has compute capability "
-            f"{capability[0]}.{capability[1]}; attention 'flash4' needs 9.0 (Hopper). "
-            "Choose 'cudnn' here."
-        )
+    require_hopper_device(device, "attention 'flash4' needs", "'cudnn'")
 
 
 def misfit(tensor: Tensor) -> str | None:

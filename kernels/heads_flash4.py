@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from kernels import flash4
+from kernels.passes import fused_heads, fused_heads_backward
 
 
 def attend(
@@ -46,10 +47,7 @@ class _Attend(torch.autograd.Function):
         cos: Tensor,
         sin: Tensor,
     ) -> tuple[Tensor, Tensor]:
-        from kernels import pass_ops
-
-        q, k, *more = pass_ops.split_heads(qkv, value_embed, gain_H, kv_heads, cos, sin)
-        v = more[0] if more else qkv[..., -k.shape[2] * k.shape[3] :].view_as(k)
+        q, k, v = fused_heads(qkv, value_embed, gain_H, kv_heads, cos, sin)
         out, lse = flash4.flash_attention(q, k, v)
         ctx.save_for_backward(qkv, gain_H, cos, sin, q, k, v, out, lse)
         ctx.has_embed = value_embed is not None
@@ -57,11 +55,7 @@ class _Attend(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        from kernels import pass_ops
-
-        qkv, gain_H, cos, sin, *attended = ctx.saved_tensors
+        of_heads, attended = ctx.saved_tensors[:4], ctx.saved_tensors[4:]
         d_out, dv_more = (g.contiguous() for g in grads)
         dq, dk, dv = flash4.flash_attention_backward_by_member(d_out, *attended)
-        dqkv, sums_PH = pass_ops.split_heads_backward(dq, dk, dv, dv_more, qkv, gain_H, cos, sin)
-        d_embed = dqkv[..., -dv.shape[3] * dv.shape[4] :] if ctx.has_embed else None
-        return dqkv, d_embed, sums_PH.sum(dim=0), None, None, None
+        return fused_heads_backward((dq, dk, dv, dv_more), of_heads, ctx.has_embed)

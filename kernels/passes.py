@@ -109,6 +109,39 @@ def exclude_self(y_BTHK: Tensor, v_BTGK: Tensor, *, backend: str = "reference") 
     return _ExcludeSelf.apply(y_BTHK.contiguous(), v_BTGK)
 
 
+def fused_heads(
+    qkv: Tensor,
+    value_embed: Tensor | None,
+    gain_H: Tensor,
+    kv_heads: int,
+    cos: Tensor,
+    sin: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """q, k and v by the fused pass; v is a view of `qkv` where no embedding is added to it."""
+    from kernels import pass_ops
+
+    q, k, *more = pass_ops.split_heads(qkv, value_embed, gain_H, kv_heads, cos, sin)
+    return q, k, more[0] if more else qkv[..., -k.shape[2] * k.shape[3] :].view_as(k)
+
+
+def fused_heads_backward(
+    grads: tuple[Tensor, Tensor, Tensor, Tensor], saved: tuple[Tensor, ...], has_embed: bool
+) -> tuple[Tensor | None, ...]:
+    """Gradients at the arguments of `fused_heads`.
+
+    Args:
+        grads: dq, dk, dv and another dv, as `pass_ops.split_heads_backward` takes them.
+        saved: qkv, gain_H, cos, sin.
+        has_embed: whether there was an embedding of the values.
+    """
+    from kernels import pass_ops
+
+    dqkv, sums_PH = pass_ops.split_heads_backward(*grads, *saved)
+    dv = grads[2]
+    d_embed = dqkv[..., -dv.shape[-2] * dv.shape[-1] :] if has_embed else None
+    return dqkv, d_embed, sums_PH.sum(dim=0), None, None, None
+
+
 def _rows(x: Tensor) -> Tensor:
     return x.reshape(-1, x.shape[-1]).contiguous()
 
@@ -197,23 +230,15 @@ class _SplitHeads(torch.autograd.Function):
         cos: Tensor,
         sin: Tensor,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        from kernels import pass_ops
-
         ctx.save_for_backward(qkv, gain_H, cos, sin)
         ctx.has_embed = value_embed is not None
-        q, k, *more = pass_ops.split_heads(qkv, value_embed, gain_H, kv_heads, cos, sin)
-        v = more[0] if more else qkv[..., -k.shape[2] * k.shape[3] :].view_as(k)
+        q, k, v = fused_heads(qkv, value_embed, gain_H, kv_heads, cos, sin)
         return q, k, v, v.view_as(v)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        from kernels import pass_ops
-
-        qkv, gain_H, cos, sin = ctx.saved_tensors
         dq, dk, dv, dv_more = (g.contiguous() for g in grads)
-        dqkv, sums_PH = pass_ops.split_heads_backward(dq, dk, dv, dv_more, qkv, gain_H, cos, sin)
-        d_embed = dqkv[..., -dv.shape[2] * dv.shape[3] :] if ctx.has_embed else None
-        return dqkv, d_embed, sums_PH.sum(dim=0), None, None, None
+        return fused_heads_backward((dq, dk, dv, dv_more), ctx.saved_tensors, ctx.has_embed)
 
 
 class _ExcludeSelf(torch.autograd.Function):
