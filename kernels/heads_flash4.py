@@ -24,6 +24,7 @@ def attend(
     kv_heads: int,
     cos: Tensor,
     sin: Tensor,
+    scale_BT: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Causal attention [B, T, H, K] between the heads of `qkv`, and the values [B, T, G, K].
 
@@ -31,7 +32,7 @@ def attend(
     bfloat16 on a Hopper GPU, and errors are theirs.
     """
     value_embed = None if value_embed is None else value_embed.contiguous()
-    return _Attend.apply(qkv_BTW.contiguous(), value_embed, gain_H, kv_heads, cos, sin)
+    return _Attend.apply(qkv_BTW.contiguous(), value_embed, gain_H, kv_heads, cos, sin, scale_BT)
 
 
 class _Attend(torch.autograd.Function):
@@ -46,16 +47,17 @@ class _Attend(torch.autograd.Function):
         kv_heads: int,
         cos: Tensor,
         sin: Tensor,
+        scale_BT: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
-        q, k, v = fused_heads(qkv, value_embed, gain_H, kv_heads, cos, sin)
+        q, k, v = fused_heads(qkv, value_embed, gain_H, kv_heads, cos, sin, scale_BT)
         out, lse = flash4.flash_attention(q, k, v)
-        ctx.save_for_backward(qkv, gain_H, cos, sin, q, k, v, out, lse)
+        ctx.save_for_backward(qkv, gain_H, cos, sin, scale_BT, q, k, v, out, lse)
         ctx.has_embed = value_embed is not None
         return out, v
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        of_heads, attended = ctx.saved_tensors[:4], ctx.saved_tensors[4:]
+        of_heads, attended = ctx.saved_tensors[:5], ctx.saved_tensors[5:]
         d_out, dv_more = (g.contiguous() for g in grads)
         dq, dk, dv = flash4.flash_attention_backward_by_member(d_out, *attended)
         return fused_heads_backward((dq, dk, dv, dv_more), of_heads, ctx.has_embed)

@@ -3,7 +3,8 @@
 """Passes over the attention heads in Triton: norm, rotary and gain before it, XSA after it.
 
 The joint projection [M, (H + 2 G) K] is read once and leaves as queries, keys and values; the
-backward pass writes one joint gradient, so that the projection's products stay single. Arithmetic
+backward pass writes one joint gradient, so that the projection's products stay single. A factor of
+each row, left out of the projection's input, is made good on the way. Arithmetic
 is float32 between one load and one store of every element. A rotary partner lies 8 elements away
 in the same cache line; it is loaded a second time rather than exchanged between threads.
 
@@ -38,47 +39,58 @@ def _turn(cos, sin, row, T, HALF: tl.constexpr, K: tl.constexpr):
 
 
 @triton.jit
-def _normed_and_turned(source, out, row, inside, c, s, partner, gain, eps, W: tl.constexpr,
+def _row_factor(scale, row, inside, SCALED: tl.constexpr):
+    """The factor of each row, [ROWS, 1, 1], or 1."""
+    return tl.load(scale + row, mask=inside, other=0.0) if SCALED else 1.0
+
+
+@triton.jit
+def _normed_and_turned(source, out, row, inside, factor, c, s, partner, gain, eps, W: tl.constexpr,
                        HEADS: tl.constexpr, K: tl.constexpr):  # fmt: skip
     """norm, rotary and gain of HEADS heads, from columns of width W to a tensor of their own."""
     h, d = tl.arange(0, HEADS)[None, :, None], tl.arange(0, K)[None, None, :]
-    x = tl.load(source + row * W + h * K + d, mask=inside, other=0.0).to(tl.float32)
+    x = factor * tl.load(source + row * W + h * K + d, mask=inside, other=0.0).to(tl.float32)
     other = tl.load(source + row * W + h * K + partner, mask=inside, other=0.0).to(tl.float32)
     inverse = tl.rsqrt(tl.sum(x * x, axis=2, keep_dims=True) / K + eps)
-    y = gain * inverse * (x * c + other * s)
+    y = gain * inverse * (x * c + factor * other * s)
     tl.store(out + (row * HEADS + h) * K + d, y.to(out.dtype.element_ty), mask=inside)
 
 
 @triton.jit
 def split_heads_kernel(
-    qkv, value_embed, gain, cos, sin, q, k, v, M, T, eps, EMBED: tl.constexpr,
+    qkv, value_embed, scale, gain, cos, sin, q, k, v, M, T, eps,
+    EMBED: tl.constexpr, SCALED: tl.constexpr,
     H: tl.constexpr, G: tl.constexpr, K: tl.constexpr, HALF: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """ROWS rows of q, k and, with EMBED, v."""
+    """ROWS rows of q, k and, with EMBED or SCALED, v."""
     W: tl.constexpr = (H + 2 * G) * K
     row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS))[:, None, None]
     inside = row < M
     c, s, partner = _turn(cos, sin, row, T, HALF, K)
     gains = tl.load(gain + tl.arange(0, H))[None, :, None]
-    _normed_and_turned(qkv, q, row, inside, c, s, partner, gains, eps, W, H, K)
-    _normed_and_turned(qkv + H * K, k, row, inside, c, s, partner, 1.0, eps, W, G, K)
-    if EMBED:
+    factor = _row_factor(scale, row, inside, SCALED)
+    _normed_and_turned(qkv, q, row, inside, factor, c, s, partner, gains, eps, W, H, K)
+    _normed_and_turned(qkv + H * K, k, row, inside, factor, c, s, partner, 1.0, eps, W, G, K)
+    if EMBED or SCALED:
         column = tl.arange(0, G * K)[None, None, :]
         values = tl.load(qkv + (H + G) * K + row * W + column, mask=inside, other=0.0)
-        more = tl.load(value_embed + row * (G * K) + column, mask=inside, other=0.0)
-        values = values.to(tl.float32) + more.to(tl.float32)
+        values = factor * values.to(tl.float32)
+        if EMBED:
+            more = tl.load(value_embed + row * (G * K) + column, mask=inside, other=0.0)
+            values += more.to(tl.float32)
         tl.store(v + row * (G * K) + column, values.to(v.dtype.element_ty), mask=inside)
 
 
 @triton.jit
-def _heads_gradient(source, grad, out, row, inside, c, s, partner, gain, eps, M, W: tl.constexpr,
-                    HEADS: tl.constexpr, K: tl.constexpr, PARTS: tl.constexpr):  # fmt: skip
-    """Gradient before norm, rotary and gain, into columns of width W; that of the gain, by row.
+def _heads_gradient(source, grad, out, row, inside, factor, c, s, partner, gain, eps, M,
+                    W: tl.constexpr, HEADS: tl.constexpr, K: tl.constexpr,
+                    PARTS: tl.constexpr):  # fmt: skip
+    """Gradient before factor, norm, rotary and gain, into columns of width W; the gain's, by row.
 
     The gradient after them is the sum of PARTS arrays of M rows, one behind the other.
     """
     h, d = tl.arange(0, HEADS)[None, :, None], tl.arange(0, K)[None, None, :]
-    x = tl.load(source + row * W + h * K + d, mask=inside, other=0.0).to(tl.float32)
+    x = factor * tl.load(source + row * W + h * K + d, mask=inside, other=0.0).to(tl.float32)
     to = (row * HEADS + h) * K
     turned = tl.load(grad + to + d, mask=inside, other=0.0).to(tl.float32)
     other = tl.load(grad + to + partner, mask=inside, other=0.0).to(tl.float32)
@@ -90,18 +102,21 @@ def _heads_gradient(source, grad, out, row, inside, c, s, partner, gain, eps, M,
     inverse = tl.rsqrt(tl.sum(x * x, axis=2, keep_dims=True) / K + eps)
     normed = inverse * x
     along = tl.sum(straight * normed, axis=2, keep_dims=True)
-    dx = gain * inverse * (straight - normed * along / K)
+    dx = factor * gain * inverse * (straight - normed * along / K)
     tl.store(out + row * W + h * K + d, dx.to(out.dtype.element_ty), mask=inside)
     return along
 
 
 @triton.jit
 def split_heads_backward_kernel(
-    dq, dk, dv, dv_more, qkv, gain, cos, sin, dqkv, sums, M, T, eps,
+    dq, dk, dv, dv_more, qkv, scale, gain, cos, sin, dqkv, d_embed, sums, M, T, eps,
     H: tl.constexpr, G: tl.constexpr, K: tl.constexpr, HALF: tl.constexpr, ROWS: tl.constexpr,
-    PARTS: tl.constexpr,
+    PARTS: tl.constexpr, SCALED: tl.constexpr, EMBED: tl.constexpr,
 ):  # fmt: skip
-    """Joint gradient of every P-th group of rows, and partial sums of the gains'."""
+    """Joint gradient of every P-th group of rows, and partial sums of the gains'.
+
+    With EMBED, the gradient at the values before the rows' factors too.
+    """
     W: tl.constexpr = (H + 2 * G) * K
     gains = tl.load(gain + tl.arange(0, H))[None, :, None]
     column = tl.arange(0, G * K)[None, None, :]
@@ -110,18 +125,23 @@ def split_heads_backward_kernel(
         row = (first + tl.arange(0, ROWS))[:, None, None]
         inside = row < M
         c, s, partner = _turn(cos, sin, row, T, HALF, K)
+        factor = _row_factor(scale, row, inside, SCALED)
         sum_gain += _heads_gradient(
-            qkv, dq, dqkv, row, inside, c, s, partner, gains, eps, M, W, H, K, 1
+            qkv, dq, dqkv, row, inside, factor, c, s, partner, gains, eps, M, W, H, K, 1
         )
         _heads_gradient(
-            qkv + H * K, dk, dqkv + H * K, row, inside, c, s, partner, 1.0, eps, M, W, G, K, PARTS
-        )
+            qkv + H * K, dk, dqkv + H * K, row, inside, factor, c, s, partner, 1.0, eps, M,
+            W, G, K, PARTS
+        )  # fmt: skip
         values = tl.load(dv + row * (G * K) + column, mask=inside, other=0.0).to(tl.float32)
         values += tl.load(dv_more + row * (G * K) + column, mask=inside, other=0.0).to(tl.float32)
         for part in tl.static_range(1, PARTS):
             more = dv + part * (M * G * K) + row * (G * K) + column
             values += tl.load(more, mask=inside, other=0.0).to(tl.float32)
-        values = values.to(dqkv.dtype.element_ty)
+        if EMBED:
+            to = d_embed + row * (G * K) + column
+            tl.store(to, values.to(d_embed.dtype.element_ty), mask=inside)
+        values = (factor * values).to(dqkv.dtype.element_ty)
         tl.store(dqkv + (H + G) * K + row * W + column, values, mask=inside)
     at = tl.program_id(0) * H + tl.arange(0, H)
     tl.store(sums + at[:, None], tl.sum(sum_gain, axis=0))
@@ -188,10 +208,12 @@ def split_heads(
     cos: Tensor,
     sin: Tensor,
     block: RowBlock = ROW_BLOCK,
+    *,
+    scale_BT: Tensor | None = None,
 ) -> list[Tensor]:
-    """q [B, T, H, K], k and, with a value embedding, v [B, T, G, K].
+    """q [B, T, H, K], k and, with a value embedding or a scale, v [B, T, G, K].
 
-    Without one, v is the last columns of `qkv` as they are, and is not copied. Meaning:
+    Without either, v is the last columns of `qkv` as they are, and is not copied. Meaning:
     `kernels.reference.split_heads`.
     """
     B, T, W = qkv.shape
@@ -199,10 +221,12 @@ def split_heads(
     K = W // (H + 2 * G)
     q = qkv.new_empty((B, T, H, K))
     k = qkv.new_empty((B, T, G, K))
-    v = k if value_embed is None else torch.empty_like(k)
+    written = value_embed is not None or scale_BT is not None
+    v = torch.empty_like(k) if written else k
     split_heads_kernel[(triton.cdiv(B * T, block.rows),)](
         qkv,
         qkv if value_embed is None else value_embed,
+        gain_H if scale_BT is None else scale_BT,
         gain_H,
         cos,
         sin,
@@ -213,6 +237,7 @@ def split_heads(
         T,
         EPS,
         EMBED=value_embed is not None,
+        SCALED=scale_BT is not None,
         H=H,
         G=G,
         K=K,
@@ -220,7 +245,7 @@ def split_heads(
         ROWS=block.rows,
         num_warps=block.warps,
     )
-    return [q, k] if value_embed is None else [q, k, v]
+    return [q, k, v] if written else [q, k]
 
 
 def split_heads_backward(
@@ -233,16 +258,22 @@ def split_heads_backward(
     cos: Tensor,
     sin: Tensor,
     block: RowBlock = HEADS_SUMMING_BLOCK,
-) -> tuple[Tensor, Tensor]:
+    *,
+    scale_BT: Tensor | None = None,
+    embed_apart: bool = False,
+) -> list[Tensor]:
     """Gradient at qkv, [B, T, W], and partial sums [P, H] of that at the gains.
 
     Gradients that more than one reader sends are added on the way: `dk` and `dv` are both
-    [B, T, G, K] or both [parts, B, T, G, K], and `dv_more` is another at v.
+    [B, T, G, K] or both [parts, B, T, G, K], and `dv_more` is another at v. With `embed_apart`
+    that at the value embedding, [B, T, G K], comes third; without a scale it is the last columns
+    of the first.
     """
     B, T, _ = qkv.shape
     (H, K), G = dq.shape[2:], dk.shape[-2]
     programs = block.count(B * T)
     dqkv = torch.empty_like(qkv)
+    d_embed = qkv.new_empty((B, T, G * K)) if embed_apart else dqkv
     sums = torch.empty((programs, H), dtype=torch.float32, device=qkv.device)
     split_heads_backward_kernel[(programs,)](
         dq,
@@ -250,10 +281,12 @@ def split_heads_backward(
         dv,
         dv_more,
         qkv,
+        gain_H if scale_BT is None else scale_BT,
         gain_H,
         cos,
         sin,
         dqkv,
+        d_embed,
         sums,
         B * T,
         T,
@@ -264,9 +297,11 @@ def split_heads_backward(
         HALF=cos.shape[1],
         ROWS=block.rows,
         PARTS=1 if dk.ndim == 4 else dk.shape[0],
+        SCALED=scale_BT is not None,
+        EMBED=embed_apart,
         num_warps=block.warps,
     )
-    return dqkv, sums
+    return [dqkv, sums, d_embed] if embed_apart else [dqkv, sums]
 
 
 def exclude_self(y_BTHK: Tensor, v_BTGK: Tensor, block: RowBlock = ROW_BLOCK) -> Tensor:

@@ -110,29 +110,45 @@ def _(dt: Tensor | None, dn: Tensor, t: Tensor, damp: float) -> Tensor:
 
 @torch.library.custom_op("fairway::split_heads", mutates_args=())
 def split_heads(
-    qkv: Tensor, value_embed: Tensor | None, gain_H: Tensor, kv_heads: int, cos: Tensor, sin: Tensor
+    qkv: Tensor,
+    value_embed: Tensor | None,
+    gain_H: Tensor,
+    kv_heads: int,
+    cos: Tensor,
+    sin: Tensor,
+    scale_BT: Tensor | None,
 ) -> list[Tensor]:
-    """q [B, T, H, K], k and, with a value embedding, v [B, T, G, K]; v is else part of `qkv`.
+    """q [B, T, H, K], k and, with a value embedding or a scale, v [B, T, G, K].
 
-    Meaning: `kernels.reference.split_heads`.
+    v is else part of `qkv`. Meaning: `kernels.reference.split_heads`.
 
     Raises:
-        ValueError: an argument is not on a CUDA device or not contiguous, or a number of heads or
-            the head size is no power of two.
+        ValueError: an argument is not on a CUDA device or not contiguous, the scale does not fit,
+            or a number of heads or the head size is no power of two.
     """
-    check_cuda_tensors(qkv=qkv, value_embed=value_embed, gain=gain_H, cos=cos, sin=sin)
+    check_cuda_tensors(
+        qkv=qkv, value_embed=value_embed, gain=gain_H, cos=cos, sin=sin, scale=scale_BT
+    )
+    _check_scale(scale_BT, qkv)
     size = qkv.shape[-1] // (len(gain_H) + 2 * kv_heads)
     check_power_of_two(query_heads=len(gain_H), kv_heads=kv_heads, head_size=size)
-    return heads_triton.split_heads(qkv, value_embed, gain_H, kv_heads, cos, sin)
+    return heads_triton.split_heads(qkv, value_embed, gain_H, kv_heads, cos, sin, scale_BT=scale_BT)
 
 
 @split_heads.register_fake
 def _(
-    qkv: Tensor, value_embed: Tensor | None, gain_H: Tensor, kv_heads: int, cos: Tensor, sin: Tensor
+    qkv: Tensor,
+    value_embed: Tensor | None,
+    gain_H: Tensor,
+    kv_heads: int,
+    cos: Tensor,
+    sin: Tensor,
+    scale_BT: Tensor | None,
 ) -> list[Tensor]:
     (B, T, W), H = qkv.shape, len(gain_H)
     K = W // (H + 2 * kv_heads)
-    heads = (H, kv_heads) if value_embed is None else (H, kv_heads, kv_heads)
+    in_place = value_embed is None and scale_BT is None
+    heads = (H, kv_heads) if in_place else (H, kv_heads, kv_heads)
     return [qkv.new_empty((B, T, count, K)) for count in heads]
 
 
@@ -146,19 +162,26 @@ def split_heads_backward(
     gain_H: Tensor,
     cos: Tensor,
     sin: Tensor,
-) -> tuple[Tensor, Tensor]:
+    scale_BT: Tensor | None,
+    embed_apart: bool,
+) -> list[Tensor]:
     """Gradient at qkv, [B, T, W], and partial sums [P, H] of that at the gains.
 
-    `dk` and `dv` are [B, T, G, K], or as many of them to be added, [parts, B, T, G, K].
+    `dk` and `dv` are [B, T, G, K], or as many of them to be added, [parts, B, T, G, K]. With
+    `embed_apart` the gradient at the value embedding, [B, T, G K], comes third; without a scale it
+    is the last columns of the first.
 
     Raises:
-        ValueError: an argument is not on a CUDA device or not contiguous, or dk and dv differ in
-            shape.
+        ValueError: an argument is not on a CUDA device or not contiguous, the scale does not fit,
+            or dk and dv differ in shape.
     """
-    check_cuda_tensors(dq=dq, dk=dk, dv=dv, dv_more=dv_more, qkv=qkv)
+    check_cuda_tensors(dq=dq, dk=dk, dv=dv, dv_more=dv_more, qkv=qkv, scale=scale_BT)
+    _check_scale(scale_BT, qkv)
     if dk.shape != dv.shape:
         raise ValueError(f"dk {tuple(dk.shape)} and dv {tuple(dv.shape)} must be of one shape")
-    return heads_triton.split_heads_backward(dq, dk, dv, dv_more, qkv, gain_H, cos, sin)
+    return heads_triton.split_heads_backward(
+        dq, dk, dv, dv_more, qkv, gain_H, cos, sin, scale_BT=scale_BT, embed_apart=embed_apart
+    )
 
 
 @split_heads_backward.register_fake
@@ -171,10 +194,14 @@ def _(
     gain_H: Tensor,
     cos: Tensor,
     sin: Tensor,
-) -> tuple[Tensor, Tensor]:
+    scale_BT: Tensor | None,
+    embed_apart: bool,
+) -> list[Tensor]:
     programs = HEADS_SUMMING_BLOCK.count(qkv.shape[0] * qkv.shape[1])
     sums = qkv.new_empty((programs, len(gain_H)), dtype=torch.float32)
-    return torch.empty_like(qkv), sums
+    gradients = [torch.empty_like(qkv), sums]
+    d_embed = qkv.new_empty((*qkv.shape[:2], dv.shape[-2] * dv.shape[-1]))
+    return [*gradients, d_embed] if embed_apart else gradients
 
 
 @torch.library.custom_op("fairway::exclude_self", mutates_args=())
@@ -209,6 +236,17 @@ def exclude_self_backward(
 @exclude_self_backward.register_fake
 def _(grad_BTHK: Tensor, y_BTHK: Tensor, v_BTGK: Tensor) -> tuple[Tensor, Tensor]:
     return torch.empty_like(y_BTHK), v_BTGK.new_empty(v_BTGK.shape)
+
+
+def _check_scale(scale_BT: Tensor | None, qkv: Tensor) -> None:
+    """A factor for each row of the projection. Raises ValueError."""
+    if scale_BT is None:
+        return
+    if scale_BT.dtype != torch.float32 or scale_BT.shape != qkv.shape[:2]:
+        raise ValueError(
+            f"scale {tuple(scale_BT.shape)} {scale_BT.dtype} must be float32 [B, T] = "
+            f"{tuple(qkv.shape[:2])}"
+        )
 
 
 def _check_stream(**tensors: Tensor | None) -> None:

@@ -88,18 +88,21 @@ def split_heads(
     kv_heads: int,
     cos: Tensor,
     sin: Tensor,
+    scale_BT: Tensor | None = None,
     *,
     backend: str = "reference",
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """q, k, v of `kernels.reference.split_heads`, and v once more for XSA.
 
     Each reader of the values sends its own gradient back; the fused pass adds the two on the way.
+    The scale, the factor of an RMS norm of the projection's input, gets no gradient: its own is
+    the norm's business.
     """
     if backend == "reference":
-        q, k, v = reference.split_heads(qkv, value_embed, gain_H, kv_heads, cos, sin)
+        q, k, v = reference.split_heads(qkv, value_embed, gain_H, kv_heads, cos, sin, scale_BT)
         return q, k, v, v
     value_embed = None if value_embed is None else value_embed.contiguous()
-    return _SplitHeads.apply(qkv.contiguous(), value_embed, gain_H, kv_heads, cos, sin)
+    return _SplitHeads.apply(qkv.contiguous(), value_embed, gain_H, kv_heads, cos, sin, scale_BT)
 
 
 def exclude_self(y_BTHK: Tensor, v_BTGK: Tensor, *, backend: str = "reference") -> Tensor:
@@ -116,30 +119,33 @@ def fused_heads(
     kv_heads: int,
     cos: Tensor,
     sin: Tensor,
+    scale_BT: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """q, k and v by the fused pass; v is a view of `qkv` where no embedding is added to it."""
+    """q, k and v by the fused pass; v is a view of `qkv` unless it is scaled or added to."""
     from kernels import pass_ops
 
-    q, k, *more = pass_ops.split_heads(qkv, value_embed, gain_H, kv_heads, cos, sin)
+    q, k, *more = pass_ops.split_heads(qkv, value_embed, gain_H, kv_heads, cos, sin, scale_BT)
     return q, k, more[0] if more else qkv[..., -k.shape[2] * k.shape[3] :].view_as(k)
 
 
 def fused_heads_backward(
-    grads: tuple[Tensor, Tensor, Tensor, Tensor], saved: tuple[Tensor, ...], has_embed: bool
+    grads: tuple[Tensor, Tensor, Tensor, Tensor], saved: tuple[Any, ...], has_embed: bool
 ) -> tuple[Tensor | None, ...]:
     """Gradients at the arguments of `fused_heads`.
 
     Args:
         grads: dq, dk, dv and another dv, as `pass_ops.split_heads_backward` takes them.
-        saved: qkv, gain_H, cos, sin.
+        saved: qkv, gain_H, cos, sin and the scale, or None.
         has_embed: whether there was an embedding of the values.
     """
     from kernels import pass_ops
 
-    dqkv, sums_PH = pass_ops.split_heads_backward(*grads, *saved)
+    apart = has_embed and saved[4] is not None
+    dqkv, sums_PH, *more = pass_ops.split_heads_backward(*grads, *saved, apart)
     dv = grads[2]
-    d_embed = dqkv[..., -dv.shape[-2] * dv.shape[-1] :] if has_embed else None
-    return dqkv, d_embed, sums_PH.sum(dim=0), None, None, None
+    columns = more[0] if apart else dqkv[..., -dv.shape[-2] * dv.shape[-1] :]
+    d_embed = columns if has_embed else None
+    return dqkv, d_embed, sums_PH.sum(dim=0), None, None, None, None
 
 
 def _rows(x: Tensor) -> Tensor:
@@ -229,10 +235,11 @@ class _SplitHeads(torch.autograd.Function):
         kv_heads: int,
         cos: Tensor,
         sin: Tensor,
+        scale_BT: Tensor | None,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        ctx.save_for_backward(qkv, gain_H, cos, sin)
+        ctx.save_for_backward(qkv, gain_H, cos, sin, scale_BT)
         ctx.has_embed = value_embed is not None
-        q, k, v = fused_heads(qkv, value_embed, gain_H, kv_heads, cos, sin)
+        q, k, v = fused_heads(qkv, value_embed, gain_H, kv_heads, cos, sin, scale_BT)
         return q, k, v, v.view_as(v)
 
     @staticmethod

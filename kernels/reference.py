@@ -112,7 +112,13 @@ def rotate(x_BTHK: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def split_heads(
-    qkv: Tensor, value_embed: Tensor | None, gain_H: Tensor, kv_heads: int, cos: Tensor, sin: Tensor
+    qkv: Tensor,
+    value_embed: Tensor | None,
+    gain_H: Tensor,
+    kv_heads: int,
+    cos: Tensor,
+    sin: Tensor,
+    scale_BT: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Queries, keys and values of the joint projection, ready for attention.
 
@@ -125,10 +131,15 @@ def split_heads(
         kv_heads: G.
         cos: float32 [T, R/2].
         sin: likewise.
+        scale_BT: float32, the factor of an RMS norm of the projection's input, where `qkv` was
+            projected from rows that still lack it. It gets no gradient: that is the norm's
+            business, which made the factor.
 
     Returns:
         q [B, T, H, K], k and v [B, T, G, K].
     """
+    if scale_BT is not None:
+        qkv = (qkv * scale_BT.detach().unsqueeze(-1)).type_as(qkv)
     heads = len(gain_H)
     size = qkv.shape[-1] // (heads + 2 * kv_heads)
     q, k, v = qkv.split((heads * size, kv_heads * size, kv_heads * size), dim=-1)

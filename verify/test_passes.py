@@ -80,14 +80,15 @@ def add_norm(seed, m, d, more, block):
 @many
 @given(seed=st.integers(0, 99), b=st.integers(1, 2), t=st.integers(1, 6),
        heads=st.sampled_from([(4, 2), (2, 2), (4, 1)]), half=st.integers(1, 4),
-       embed=st.booleans(), parts=st.integers(0, 3), block=blocks)
-def heads(seed, b, t, heads, half, embed, parts, block):
+       embed=st.booleans(), scaled=st.booleans(), parts=st.integers(0, 3), block=blocks)
+def heads(seed, b, t, heads, half, embed, scaled, parts, block):
     (h, g), k = heads, 8
     qkv, value_embed = draw(seed, (b, t, (h + 2 * g) * k), (b, t, g * k))
+    scale = (draw(seed + 5, (b, t))[0].detach().exp().float() if scaled else None)
     gain, angle = draw(seed + 1, (h,), (t, half))
     cos, sin = angle.detach().cos().float(), angle.detach().sin().float()
     value_embed = value_embed if embed else None
-    want = reference.split_heads(qkv, value_embed, gain, g, cos, sin)
+    want = reference.split_heads(qkv, value_embed, gain, g, cos, sin, scale)
     grads = draw(seed + 2, *[w.shape for w in want])
     dq, dk, dv = grads
     more, = draw(seed + 3, dv.shape)
@@ -99,11 +100,14 @@ def heads(seed, b, t, heads, half, embed, parts, block):
             torch.cat((single(x), whole - single(x).sum(0, keepdim=True)))
             for x, whole in zip(apart, (dk, dv), strict=True))
     got = heads_triton.split_heads(
-        single(qkv), single(value_embed), single(gain), g, cos, sin, block)
-    assert len(got) == (3 if embed else 2)
+        single(qkv), single(value_embed), single(gain), g, cos, sin, block, scale_BT=scale)
+    assert len(got) == (3 if embed or scaled else 2)
     compare("qkv"[:len(got)], got, want[:len(got)], 16 * k)
-    dqkv, sums = heads_triton.split_heads_backward(
-        single(dq), dk, dv, single(more), single(qkv), single(gain), cos, sin, block)
+    dqkv, sums, *d_embed = heads_triton.split_heads_backward(
+        single(dq), dk, dv, single(more), single(qkv), single(gain), cos, sin, block,
+        scale_BT=scale, embed_apart=embed and scaled)
+    if embed and scaled:
+        compare(("dembed",), d_embed, (value_embed.grad,), 64 * k)
     compare(("dqkv", "dgain"), (dqkv, sums.sum(0)), (qkv.grad, gain.grad), 64 * k * (b * t + h))
 
 @many
@@ -187,8 +191,59 @@ def test_gradients_in_parts_are_of_one_shape(monkeypatch: pytest.MonkeyPatch) ->
     with pytest.raises(ValueError, match="must be of one shape"):
         pass_ops.split_heads_backward(
             one, torch.stack((one, one)), one, one, torch.zeros(1, 2, 48), torch.ones(2),
-            table, table,
+            table, table, None, False,
         )  # fmt: skip
+
+
+@pytest.mark.parametrize("scale", [torch.ones(1, 3), torch.ones(1, 2, dtype=BF16)])
+def test_a_scale_that_does_not_fit_is_refused(
+    scale: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The factor of every row is float32 and there is one a row."""
+    monkeypatch.setattr(pass_ops, "check_cuda_tensors", lambda **_: None)
+    table = torch.zeros(2, 2)
+    with pytest.raises(ValueError, match=r"scale .* must be float32"):
+        pass_ops.split_heads(torch.zeros(1, 2, 48), None, torch.ones(2), 2, table, table, scale)
+
+
+INTERFACE = """
+import sys, torch
+from kernels import pass_ops, passes
+from verify.tolerance import check, relative_error, rounding_budget
+
+pass_ops.check_cuda_tensors = lambda **tensors: None  # the interpreter takes CPU tensors
+g = torch.Generator().manual_seed(3)
+b, t, h, kv, k = 2, 5, 4, 2, 8
+shapes = [(b, t, (h + 2 * kv) * k), (h,), *([(b, t, kv * k)] if sys.argv[1] == "1" else [])]
+drawn = [torch.randn(s, generator=g) for s in shapes]
+scale, angle = torch.rand(b, t, generator=g) + 0.5, torch.randn(t, 2, generator=g)
+grads = [torch.randn(b, t, n, k, generator=g) for n in (h, kv, kv, kv)]
+
+def run(backend):
+    leaves = [x.clone().requires_grad_() for x in drawn]
+    factor = scale.clone().requires_grad_()
+    qkv, gain, *embed = leaves
+    outputs = passes.split_heads(qkv, embed[0] if embed else None, gain, kv,
+                                 angle.cos(), angle.sin(), factor, backend=backend)
+    found = torch.autograd.grad(outputs, leaves, grads, retain_graph=True)
+    assert torch.autograd.grad(outputs, factor, grads, allow_unused=True) == (None,)
+    return *outputs, *found
+
+for n, (a, e) in enumerate(zip(run("triton"), run("reference"), strict=True)):
+    check(str(n), relative_error(a, e), rounding_budget(64 * k * (b * t + h), torch.float32))
+arguments = (drawn[0], drawn[2] if len(drawn) == 3 else None, drawn[1], kv,
+             angle.cos(), angle.sin(), scale)
+torch.library.opcheck(pass_ops.split_heads, arguments)
+dq, dk, dv, more = grads
+torch.library.opcheck(pass_ops.split_heads_backward, (
+    dq, dk, dv, more, drawn[0], drawn[1], angle.cos(), angle.sin(), scale, len(drawn) == 3))
+"""
+
+
+@pytest.mark.parametrize("embed", ["0", "1"])
+def test_heads_of_rows_that_lack_their_factor(embed: str) -> None:
+    """Both backends agree on outputs and gradients, and neither sends the factor one."""
+    run_interpreted(INTERFACE, embed)
 
 
 # What is refused.
@@ -287,14 +342,16 @@ def test_add_norm_on_the_gpu(rows: int) -> None:
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("embed", [False, True])
-def test_head_passes_on_the_gpu(embed: bool) -> None:
+@pytest.mark.parametrize("scaled", [False, True])
+def test_head_passes_on_the_gpu(embed: bool, scaled: bool) -> None:
     """Norm, rotary, gain and XSA within budget."""
     cos, sin = (t.cuda()[:65].contiguous() for t in _tables())
     inputs = _bf16(3, (3, 65, 1024), (8,), (3, 65, 256))
+    scale = torch.linspace(0.25, 4, 3 * 65, device="cuda").view(3, 65) if scaled else None
 
     def run(backend: str, qkv: Tensor, gain: Tensor, value_embed: Tensor) -> Any:
         chosen = value_embed if embed else None
-        q, k, *v = passes.split_heads(qkv, chosen, gain, 4, cos, sin, backend=backend)
+        q, k, *v = passes.split_heads(qkv, chosen, gain, 4, cos, sin, scale, backend=backend)
         return q + 0 * value_embed.sum(), k, *v
 
     _within_budget("split_heads", run, inputs, {1})
