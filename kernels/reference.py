@@ -52,6 +52,54 @@ def mlp(x: Tensor, w_up_FD: Tensor, w_down_DF: Tensor) -> Tensor:
     return F.linear(F.leaky_relu(F.linear(x, w_up_FD), 0.5).square(), w_down_DF)
 
 
+# Products of a block whose epilogues take over passes beside them (kernels/cutlass.py). A row's
+# factor stands for its norm: with scale = damp / rms(t), norm(t) damp is scale t, so t itself is
+# multiplied and never the normalised rows.
+
+
+def linear_add(x_MK: Tensor, w_NK: Tensor, residual_MN: Tensor) -> tuple[Tensor, Tensor]:
+    """residual + x @ w^T, [M, N], and the sum of the squares of each of its rows, [M, 1]."""
+    out = residual_MN + F.linear(x_MK, w_NK)
+    return out, _row_sums(out.square())
+
+
+def up_scaled(x_MD: Tensor, w_up_FD: Tensor, scale_M: Tensor) -> tuple[Tensor, Tensor]:
+    """post and the signs pre > 0, both [M, F], of pre = scale (x @ w_up^T); scale [M] positive."""
+    pre = (scale_M[:, None] * F.linear(x_MD, w_up_FD)).type_as(x_MD)
+    return torch.where(pre > 0, pre, 0.25 * pre) * pre, pre > 0
+
+
+def dpre_scaled(
+    go_MD: Tensor, w_down_DF: Tensor, post_MF: Tensor, signs: Tensor, scale_M: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Gradient at x @ w_up^T of `up_scaled`, [M, F], and along each row that at pre times pre.
+
+    The derivative of post at pre is 2 sqrt(post) where pre is positive, else -sqrt(post); and
+    post is homogeneous of degree two, so derivative times pre is 2 post. The sums [M, 1] divided
+    by scale are scale's own gradient.
+    """
+    acc = go_MD @ w_down_DF
+    root = post_MF.sqrt()
+    act = torch.where(signs, 2 * root, -root)
+    return (scale_M[:, None] * acc * act).type_as(go_MD), _row_sums(2 * acc * post_MF)
+
+
+def norm_gradient(
+    dpre_MF: Tensor, w_up_FD: Tensor, go_MD: Tensor, t_MD: Tensor, factor_M: Tensor
+) -> Tensor:
+    """go + dpre @ w_up - factor t, [M, D]: gradient at t of t + mlp(scale t).
+
+    With scale = damp / rms(t), factor is the sums of `dpre_scaled` times (scale / damp)^2 / D.
+    """
+    return (go_MD + dpre_MF @ w_up_FD - factor_M[:, None] * t_MD).type_as(go_MD)
+
+
+def _row_sums(terms: Tensor) -> Tensor:
+    """Sums along the rows, [M, 1], in float32 or better."""
+    kind = torch.promote_types(terms.dtype, torch.float32)
+    return terms.sum(dim=1, keepdim=True, dtype=kind)
+
+
 def rms_norm(x: Tensor) -> Tensor:
     """Divide the last dim by its root mean square; no weight (Zhang & Sennrich 2019)."""
     return F.rms_norm(x, (x.shape[-1],), eps=EPS)
@@ -89,6 +137,30 @@ def mix_norm(
     return u, rms_norm(u) * damp, t
 
 
+def mix_factor(
+    x: Tensor,
+    skip: Tensor | None,
+    skip_weight_D: Tensor | None,
+    x0: Tensor,
+    mix_2D: Tensor,
+    damp: float,
+) -> tuple[Tensor, Tensor]:
+    """Entry of a block with its norm as a factor of every row: n = factor u.
+
+    Args: those of `mix_norm`, whose sum has been made before.
+
+    Returns:
+        u [..., D] and its factor damp / rms(u), [...].
+    """
+    u, _, _ = mix_norm(x, None, skip, skip_weight_D, x0, mix_2D, damp)
+    return u, norm_factor(u.square().sum(-1), u.shape[-1], damp)
+
+
+def norm_factor(squares: Tensor, width: int, damp: float) -> Tensor:
+    """damp / rms of rows of `width` channels, given the sums of their squares."""
+    return damp * torch.rsqrt(squares / width + EPS)
+
+
 def add_norm(x: Tensor, branch: Tensor, damp: float) -> tuple[Tensor, Tensor]:
     """x + branch, and damp times its norm; both [..., D]."""
     total = x + branch
@@ -122,7 +194,8 @@ def split_heads(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Queries, keys and values of the joint projection, ready for attention.
 
-    q = gain rotate(norm(q)), k = rotate(norm(k)), v = v + value_embed, per head.
+    q = gain rotate(norm(q)), k = rotate(norm(k)), v = v + value_embed, per head; q, k and v are
+    first multiplied by the scale of their row, if there is one.
 
     Args:
         qkv: [B, T, (H + 2 G) K].
@@ -166,3 +239,25 @@ def exclude_self(y_BTHK: Tensor, v_BTGK: Tensor) -> Tensor:
     direction = F.normalize(v_BTGK.float(), dim=-1, eps=SMALLEST_NORM).unsqueeze(3)
     rest = heads - (heads * direction).sum(-1, keepdim=True) * direction
     return rest.flatten(2, 3).type_as(y_BTHK)
+
+
+def nesterov(
+    grad_NRC: Tensor, momentum_NRC: Tensor, clip: Tensor, coefficient: float, dtype: torch.dtype
+) -> Tensor:
+    """Muon's momentum m <- c m + g of g = clip grad, in place, and its direction g + c m.
+
+    Args:
+        grad_NRC: a bank's gradient.
+        momentum_NRC: m, float32.
+        clip: factor on the gradient, 0-dim float32.
+        coefficient: c.
+        dtype: type of the direction.
+    """
+    grad = grad_NRC.float() * clip
+    momentum_NRC.mul_(coefficient).add_(grad)
+    return grad.add_(momentum_NRC, alpha=coefficient).to(dtype)
+
+
+def apply_update(weight_NRC: Tensor, update_NRC: Tensor, keep: float, rate: float) -> None:
+    """weight <- keep weight - rate update, in place."""
+    weight_NRC.mul_(keep).add_(update_NRC, alpha=-rate)

@@ -5,6 +5,7 @@ divide N. Per step: reduce-scatter of the averaged gradient (each rank gets its 
 Muon on the shard, all-gather of the updates, which every rank applies to its own float32 masters.
 Updates rather than weights travel, because they are needed in the compute dtype only; all ranks
 apply the same numbers, so their weights agree to the bit. With one rank nothing is copied or sent.
+On a CUDA device the elementwise work around the orthogonalisation is Triton's.
 
 Source: the published record's Parallel Muon (its overlap, without its per-rank clipping).
 
@@ -12,11 +13,13 @@ Letters: N matrices in a bank, P matrices in a shard, R rows, C columns, W ranks
 """
 
 import math
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from kernels import reference
 from trainer.config import OptimConfig
 from trainer.muon import newton_schulz, turbo_muon
 
@@ -79,6 +82,11 @@ class Bank:
         )
         self._shard = self._update = torch.empty(0)
         self._work: dist.Work | None = None
+        self._elementwise: Any = reference
+        if parameter.is_cuda:
+            from kernels import muon_triton
+
+            self._elementwise = muon_triton
 
     @property
     def _shape(self) -> tuple[int, int, int]:
@@ -106,9 +114,9 @@ class Bank:
 
     def start_update(self, clip: Tensor, momentum: float, config: OptimConfig) -> None:
         """Nesterov momentum and orthogonalisation of the own shard; send the update off."""
-        grad = self._shard.float() * clip
-        self.momentum_PRC.mul_(momentum).add_(grad)
-        direction = grad.add_(self.momentum_PRC, alpha=momentum)
+        direction = self._elementwise.nesterov(
+            self._shard, self.momentum_PRC, clip, momentum, self.dtype
+        )
         if config.muon_variant == "turbo":
             update = turbo_muon(direction, self.dtype)
         else:
@@ -124,7 +132,9 @@ class Bank:
         """Apply all ranks' updates to the masters, with decoupled weight decay."""
         self._wait()
         update = self._update[: len(self.parameter)]
-        self.parameter.mul_(1 - lr * weight_decay).add_(update, alpha=-lr * self.scale)
+        self._elementwise.apply_update(
+            self.parameter, update, 1 - lr * weight_decay, lr * self.scale
+        )
         self._update = torch.empty(0)
 
     def gather_momentum(self) -> Tensor:

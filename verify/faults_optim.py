@@ -30,10 +30,10 @@ FAULTS = [
         _OPTIM,
     ),
     Fault(
-        "trainer/parallel.py",
+        "kernels/reference.py",
         "plain momentum instead of Nesterov",
-        "direction = grad.add_(self.momentum_PRC, alpha=momentum)",
-        "direction = self.momentum_PRC.clone()",
+        "return grad.add_(momentum_NRC, alpha=coefficient).to(dtype)",
+        "return momentum_NRC.clone().to(dtype)",
         _OPTIM,
     ),
     Fault(
@@ -46,8 +46,8 @@ FAULTS = [
     Fault(
         "trainer/parallel.py",
         "weight decay left out of Muon",
-        "self.parameter.mul_(1 - lr * weight_decay)",
-        "self.parameter.mul_(1 - lr * 0 * weight_decay)",
+        "self.parameter, update, 1 - lr * weight_decay,",
+        "self.parameter, update, 1 - lr * 0 * weight_decay,",
         _OPTIM,
     ),
     Fault(

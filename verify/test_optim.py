@@ -18,6 +18,7 @@ from trainer.muon import NEWTON_SCHULZ, POLAR_EXPRESS, newton_schulz, turbo_muon
 from trainer.optim import Optimizer, group_of
 from trainer.qat import fake_quantize_rows
 from trainer.schedule import Schedule
+from verify.interpreter import run_interpreted
 from verify.models import TINY, random_model
 from verify.tolerance import check, relative_error, rounding_budget, unit_roundoff
 
@@ -158,6 +159,45 @@ def test_optimizer_steps_equal_an_independent_program() -> None:
             200, FLOAT
         )
         check(f"{name} after three steps", relative_error(p.detach(), expected), allowed)
+
+
+FUSED = """
+import torch
+from kernels import muon_triton, reference
+from verify.tolerance import check, relative_error, rounding_budget
+
+device, dtype = "DEVICE", torch.bfloat16
+for seed, shape in enumerate([(2, 5, 7), (1, 40, 33), (3, 64, 32), (1, 1, 4099)]):
+    g = torch.Generator().manual_seed(seed)
+    grad, momentum, weight = (torch.randn(shape, generator=g).to(device) for _ in range(3))
+    grad, clip = grad.to(dtype), torch.tensor(0.37, device=device)
+    kept = momentum.clone()
+    got = muon_triton.nesterov(grad, momentum, clip, 0.9, torch.float32)
+    want = reference.nesterov(grad, kept, clip, 0.9, torch.float32)
+    budget = rounding_budget(6, torch.float32)
+    check("momentum", relative_error(momentum, kept), budget)
+    check("direction", relative_error(got, want), budget)
+    rounded = muon_triton.nesterov(grad, momentum, clip, 0.9, dtype)
+    assert rounded.dtype == dtype
+    check("rounded", relative_error(rounded, reference.nesterov(grad, kept, clip, 0.9, dtype)),
+          rounding_budget(6, dtype))
+    for update in (want.to(dtype), want.to(dtype).mT.contiguous().mT):
+        expected = weight.clone()
+        reference.apply_update(expected, update, 0.98, 0.3)
+        muon_triton.apply_update(weight, update, 0.98, 0.3)
+        check("weights", relative_error(weight, expected), budget)
+"""
+
+
+def test_fused_muon_equals_its_formula_in_the_interpreter() -> None:
+    """Momentum, direction and update of odd shapes and strides equal plain PyTorch's."""
+    run_interpreted(FUSED.replace("DEVICE", "cpu"))
+
+
+@pytest.mark.gpu
+def test_fused_muon_equals_its_formula_on_the_gpu() -> None:
+    """The same, compiled."""
+    exec(FUSED.replace("DEVICE", "cuda"), {})
 
 
 def test_every_parameter_has_one_group() -> None:
