@@ -45,6 +45,36 @@ def _(
     return [torch.empty_like(x) for _ in range(outputs)]
 
 
+@torch.library.custom_op("fairway::mix_factor", mutates_args=())
+def mix_factor(
+    x: Tensor,
+    skip: Tensor | None,
+    skip_weight_D: Tensor | None,
+    x0: Tensor,
+    mix_2D: Tensor,
+    damp: float,
+) -> tuple[Tensor, Tensor]:
+    """u [M, D] and its factors [M], float32; arguments of `kernels.reference.mix_factor`.
+
+    Raises:
+        ValueError: as `mix_norm`.
+    """
+    _check_stream(x=x, skip=skip, x0=x0)
+    return residual_triton.mix_factor(x, skip, skip_weight_D, x0, mix_2D, damp)
+
+
+@mix_factor.register_fake
+def _(
+    x: Tensor,
+    skip: Tensor | None,
+    skip_weight_D: Tensor | None,
+    x0: Tensor,
+    mix_2D: Tensor,
+    damp: float,
+) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(x), x.new_empty(x.shape[0], dtype=torch.float32)
+
+
 @torch.library.custom_op("fairway::mix_norm_backward", mutates_args=())
 def mix_norm_backward(
     du: Tensor,
@@ -55,9 +85,12 @@ def mix_norm_backward(
     skip: Tensor | None,
     skip_weight_D: Tensor | None,
     mix_2D: Tensor,
-    damp: float,
+    damp: float | None,
 ) -> list[Tensor]:
-    """Gradients at x and x0, partial sums [P, 3, D] of those at a, b and w; dskip if any."""
+    """Gradients at x and x0, partial sums [P, 3, D] of those at a, b and w; dskip if any.
+
+    Without `damp`: those of `mix_factor`; see `kernels.residual_triton.mix_norm_backward`.
+    """
     _check_stream(du=du, dn=dn, dt=dt, t=t, x0=x0, skip=skip)
     return residual_triton.mix_norm_backward(du, dn, dt, t, x0, skip, skip_weight_D, mix_2D, damp)
 
@@ -72,7 +105,7 @@ def _(
     skip: Tensor | None,
     skip_weight_D: Tensor | None,
     mix_2D: Tensor,
-    damp: float,
+    damp: float | None,
 ) -> list[Tensor]:
     programs = SUMMING_BLOCK.count(t.shape[0])
     sums = t.new_empty((programs, 3, t.shape[1]), dtype=torch.float32)

@@ -2,7 +2,8 @@
 
 `reference` is plain PyTorch, which torch.compile fuses as it sees fit. `triton` reads and writes
 every tensor once, forward and backward (kernels/residual_triton.py, kernels/heads_triton.py); the
-sums over rows that per-channel gradients need end in the compiler's hands.
+sums over rows that per-channel gradients need end in the compiler's hands. `epilogue` is `triton` in
+the functions here; the model has the rest of it from kernels/epilogue.py.
 
 Letters: D model width, B windows, T positions, H query heads, G key/value heads, K head size.
 """
@@ -15,7 +16,7 @@ from torch import Tensor
 from kernels import reference
 from kernels.checks import check_power_of_two
 
-BACKENDS = ("reference", "triton")
+BACKENDS = ("reference", "triton", "epilogue")
 
 
 def require_passes(name: str, device: str, **sizes: int) -> None:
@@ -31,9 +32,9 @@ def require_passes(name: str, device: str, **sizes: int) -> None:
     """
     if name not in BACKENDS:
         raise ValueError(f"unknown backend {name!r}; choose one of {', '.join(BACKENDS)}")
-    if name == "triton" and device != "cuda":
-        raise ValueError("backend 'triton' needs a CUDA device; on a CPU choose 'reference'")
-    if name == "triton":
+    if name != "reference" and device != "cuda":
+        raise ValueError(f"backend {name!r} needs a CUDA device; on a CPU choose 'reference'")
+    if name != "reference":
         check_power_of_two(**sizes)
 
 

@@ -7,7 +7,11 @@ every input and writes every output once, with the arithmetic between in float32
 per-channel weights are sums over all rows: every program adds up its own rows in registers and
 stores one line of partial sums, which the caller adds up.
 
-Meaning: `kernels.reference.mix_norm` and `add_norm`.
+The entry of a block gives the norm in one of two forms: as rows n, or as u and a factor of each row
+for the product that reads them to apply (FACTOR). The second form writes neither n nor the sum t,
+which the backward pass makes again from what it reads anyway.
+
+Meaning: `kernels.reference.mix_norm`, `mix_factor` and `add_norm`.
 
 Letters: M rows (tokens), D model width, P programs.
 """
@@ -35,11 +39,23 @@ def _norm_gradient(x, grad, D: tl.constexpr, eps):
 
 
 @triton.jit
+def _factor_gradient(x, grad, D: tl.constexpr, eps):
+    """Gradient at x of F(x, factor of x), given that at x with the factor held fixed.
+
+    F depends on factor x alone, so that the factor's gradient is the other's part along x.
+    """
+    square = tl.sum(x * x, axis=1) / D + eps
+    along = tl.sum(grad * x, axis=1) / D
+    return grad - (along / square)[:, None] * x
+
+
+@triton.jit
 def mix_norm_kernel(
     x, branch, skip, skip_weight, x0, mix, u_out, n_out, t_out, M, damp, eps,
-    BRANCH: tl.constexpr, SKIP: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr,
+    BRANCH: tl.constexpr, SKIP: tl.constexpr, FACTOR: tl.constexpr,
+    D: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """ROWS rows of u, n and, unless it is x itself, t."""
+    """ROWS rows of u, n and, unless it is x itself, t; FACTOR: of u and, in place of n, factors."""
     c = tl.arange(0, D)
     row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS))[:, None]
     at, inside = row * D + c[None, :], row < M
@@ -49,21 +65,28 @@ def mix_norm_kernel(
     if SKIP:
         weight = tl.load(skip_weight + c)[None, :]
         t += weight * tl.load(skip + at, mask=inside, other=0.0).to(tl.float32)
-    if BRANCH or SKIP:
+    if (BRANCH or SKIP) and not FACTOR:
         tl.store(t_out + at, t.to(t_out.dtype.element_ty), mask=inside)
     start = tl.load(x0 + at, mask=inside, other=0.0).to(tl.float32)
     u = tl.load(mix + c)[None, :] * t + tl.load(mix + D + c)[None, :] * start
-    n = damp * _inverse_rms(u, D, eps)[:, None] * u
     tl.store(u_out + at, u.to(u_out.dtype.element_ty), mask=inside)
-    tl.store(n_out + at, n.to(n_out.dtype.element_ty), mask=inside)
+    factor = damp * _inverse_rms(u, D, eps)[:, None]
+    if FACTOR:
+        tl.store(n_out + row, factor, mask=inside)
+    else:
+        tl.store(n_out + at, (factor * u).to(n_out.dtype.element_ty), mask=inside)
 
 
 @triton.jit
 def mix_norm_backward_kernel(
     du, dn, dt, t, x0, skip, skip_weight, mix, dx, dx0, dskip, sums, M, damp, eps,
-    MORE: tl.constexpr, SKIP: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr,
+    MORE: tl.constexpr, SKIP: tl.constexpr, FACTOR: tl.constexpr,
+    D: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """All gradients of every P-th group of rows; MORE: t has a gradient `dt` of its own."""
+    """All gradients of every P-th group of rows; MORE: t has a gradient `dt` of its own.
+
+    FACTOR: `dn` is the gradient at u with the factor held fixed; `t` is x, and `dt` one of x's.
+    """
     c = tl.arange(0, D)
     a, b = tl.load(mix + c)[None, :], tl.load(mix + D + c)[None, :]
     weight = a
@@ -77,19 +100,28 @@ def mix_norm_backward_kernel(
         at, inside = row * D + c[None, :], row < M
         stream = tl.load(t + at, mask=inside, other=0.0).to(tl.float32)
         start = tl.load(x0 + at, mask=inside, other=0.0).to(tl.float32)
-        grad = damp * tl.load(dn + at, mask=inside, other=0.0).to(tl.float32)
+        grad = tl.load(dn + at, mask=inside, other=0.0).to(tl.float32)
         total = tl.load(du + at, mask=inside, other=0.0).to(tl.float32)
-        total += _norm_gradient(a * stream + b * start, grad, D, eps)
+        if SKIP:
+            joined = tl.load(skip + at, mask=inside, other=0.0).to(tl.float32)
+            if FACTOR:
+                stream += weight * joined
+        if FACTOR:
+            total += _factor_gradient(a * stream + b * start, grad, D, eps)
+        else:
+            total += _norm_gradient(a * stream + b * start, damp * grad, D, eps)
         sum_a += total * stream
         sum_b += total * start
         tl.store(dx0 + at, (b * total).to(dx0.dtype.element_ty), mask=inside)
         total = a * total
-        if MORE:
+        if MORE and not FACTOR:
+            total += tl.load(dt + at, mask=inside, other=0.0).to(tl.float32)
+        if SKIP:
+            sum_w += total * joined
+            tl.store(dskip + at, (weight * total).to(dskip.dtype.element_ty), mask=inside)
+        if MORE and FACTOR:
             total += tl.load(dt + at, mask=inside, other=0.0).to(tl.float32)
         tl.store(dx + at, total.to(dx.dtype.element_ty), mask=inside)
-        if SKIP:
-            sum_w += total * tl.load(skip + at, mask=inside, other=0.0).to(tl.float32)
-            tl.store(dskip + at, (weight * total).to(dskip.dtype.element_ty), mask=inside)
     line = sums + tl.program_id(0) * 3 * D + c
     tl.store(line, tl.sum(sum_a, axis=0))
     tl.store(line + D, tl.sum(sum_b, axis=0))
@@ -153,11 +185,48 @@ def mix_norm(
         EPS,
         BRANCH=branch is not None,
         SKIP=skip is not None,
+        FACTOR=False,
         D=D,
         ROWS=block.rows,
         num_warps=block.warps,
     )
     return [u, n, t] if summed else [u, n]
+
+
+def mix_factor(
+    x: Tensor,
+    skip: Tensor | None,
+    skip_weight_D: Tensor | None,
+    x0: Tensor,
+    mix_2D: Tensor,
+    damp: float,
+    block: RowBlock = ROW_BLOCK,
+) -> tuple[Tensor, Tensor]:
+    """u [M, D] and its factors [M], float32; arguments, [M, D]: `kernels.reference.mix_factor`."""
+    M, D = x.shape
+    u = torch.empty_like(x)
+    factor = torch.empty(M, dtype=torch.float32, device=x.device)
+    mix_norm_kernel[(triton.cdiv(M, block.rows),)](
+        x,
+        x,
+        x if skip is None else skip,
+        mix_2D if skip_weight_D is None else skip_weight_D,
+        x0,
+        mix_2D,
+        u,
+        factor,
+        x,
+        M,
+        damp,
+        EPS,
+        BRANCH=False,
+        SKIP=skip is not None,
+        FACTOR=True,
+        D=D,
+        ROWS=block.rows,
+        num_warps=block.warps,
+    )
+    return u, factor
 
 
 def mix_norm_backward(
@@ -169,17 +238,18 @@ def mix_norm_backward(
     skip: Tensor | None,
     skip_weight_D: Tensor | None,
     mix_2D: Tensor,
-    damp: float,
+    damp: float | None,
     block: RowBlock = SUMMING_BLOCK,
 ) -> list[Tensor]:
     """Gradients at x (and branch) and x0, partial sums [P, 3, D] of those at a, b and w; and dskip.
 
     Args:
         du: gradient at u, [M, D].
-        dn: gradient at n.
-        dt: gradient at t beside what u passes on, or None.
-        t: as the forward pass gave it.
-        x0, skip, skip_weight_D, mix_2D, damp: the forward pass's.
+        dn: gradient at n; without damp, at u through the product that applies u's factor.
+        dt: gradient at t beside what u passes on, or None; without damp, at x.
+        t: as the forward pass gave it; without damp, x.
+        x0, skip, skip_weight_D, mix_2D: the forward pass's.
+        damp: that of `mix_norm`, or None after `mix_factor`.
     """
     M, D = t.shape
     programs = block.count(M)
@@ -200,10 +270,11 @@ def mix_norm_backward(
         dskip,
         sums,
         M,
-        damp,
+        damp or 0.0,
         EPS,
         MORE=dt is not None,
         SKIP=skip is not None,
+        FACTOR=damp is None,
         D=D,
         ROWS=block.rows,
         num_warps=block.warps,

@@ -20,7 +20,7 @@ SIZE_LIMIT_BYTES = 16_000_000
 
 MlpBackend = Literal["reference", "triton", "cutlass"]
 AttentionBackend = Literal["sdpa", "cudnn", "flash4"]
-PassesBackend = Literal["reference", "triton"]
+PassesBackend = Literal["reference", "triton", "epilogue"]
 SlotMode = Literal["off", "context", "shared"]
 """off: plain scoring."""
 SlotVariant = Literal["context", "shared"]
@@ -265,7 +265,8 @@ class RunConfig:
     attention: AttentionBackend = "cudnn"
     """Attention implementation: cuDNN's, FlashAttention for Hopper, or torch's own choice."""
     passes: PassesBackend = "triton"
-    """What lies between the products (sums, norms, rotary, XSA): plain PyTorch or fused kernels."""
+    """What lies between the products (sums, norms, rotary, XSA): plain PyTorch, fused kernels, or
+    those with the sums and norms in the epilogues of the CUTLASS products."""
     compile: bool = True
     """Use torch.compile with fullgraph."""
     model: ModelConfig = field(default_factory=ModelConfig)

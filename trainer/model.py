@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kernels import heads_flash4, passes, reference
+from kernels import epilogue, heads_flash4, passes, reference
 from kernels.mlp import mlp
 from kernels.reference import rms_norm
 from trainer import layers
@@ -317,6 +317,8 @@ class GPT(nn.Module):
         With `last`, only that many last positions attend and pass on.
         """
         damp = 1 / math.sqrt(i + 1)
+        if self.passes_backend == "epilogue" and cache is None and observe is None and last is None:
+            return self._joined_block(i, stream, x0, weights, rotary, value_embed, damp)
         u, normed, skips = self._enter(i, stream, x0, damp)
         attended = self._attention(
             i, normed, weights, rotary, positions_T, value_embed, cache, observe, last
@@ -330,6 +332,37 @@ class GPT(nn.Module):
             observe((f"blocks.{i}.up",), normed)
             observe((f"blocks.{i}.down",), post)
         return Stream(x, y, skips)
+
+    def _joined_block(
+        self,
+        i: int,
+        stream: Stream,
+        x0: Tensor,
+        weights: CastWeights,
+        rotary: tuple[Tensor, Tensor],
+        value_embed: Tensor | None,
+        damp: float,
+    ) -> Stream:
+        """Block i of whole windows, its sums and norms in the epilogues of its products."""
+        joins, skips = i - self.encoder_layers, stream.skips
+        if joins == 0:
+            skips = (*skips, stream.x)
+        skip = skips[-1] if joins >= 0 and skips else None
+        u, rows, factor_BT, kept = epilogue.enter(
+            stream.x,
+            x0,
+            self.block(i).resid_mix,
+            damp,
+            skip=skip,
+            skip_weight_D=None if skip is None else self.skip_weights[joins],
+        )
+        qkv = F.linear(rows, weights.qkv[i])
+        attended = self._attend(i, qkv, rotary, value_embed, factor_BT).flatten(2)
+        t, squares = epilogue.linear_add(attended, weights.out[i], u)
+        x = epilogue.mlp_half(t, squares, weights.up[i], weights.down[i], damp)
+        if skip is not None:
+            return Stream(x, None, skips[:-1])
+        return Stream(x, None, (*skips, kept) if 0 < i < self.encoder_layers else skips)
 
     def _enter(
         self, i: int, stream: Stream, x0: Tensor, damp: float
@@ -362,7 +395,8 @@ class GPT(nn.Module):
 
     def _leave(self, stream: Stream) -> Tensor:
         """Final RMSNorm of the stream with the last block's branch."""
-        assert stream.branch is not None, "a model has at least one block"
+        if stream.branch is None:
+            return rms_norm(stream.x)
         return passes.add_norm(
             stream.x, stream.branch, 1.0, keep_sum=False, backend=self.passes_backend
         )[0]
@@ -380,16 +414,8 @@ class GPT(nn.Module):
         last: int | None = None,
     ) -> Tensor:
         """Grouped-query attention with normalised q and k, partial rotary and XSA."""
-        gain_H = self.block(i).attn.q_gain
         if cache is None and last is None:
-            kv_heads = self.config.kv_heads
-            heads = (F.linear(x, weights.qkv[i]), value_embed, gain_H, kv_heads, *rotary)
-            if (self.attention_backend, self.passes_backend) == ("flash4", "triton"):
-                y, own_v = heads_flash4.attend(*heads)
-            else:
-                q, k, v, own_v = passes.split_heads(*heads, backend=self.passes_backend)
-                y = layers.causal_attention(q, k, v, self.attention_backend)
-            y = passes.exclude_self(y, own_v, backend=self.passes_backend)
+            y = self._attend(i, F.linear(x, weights.qkv[i]), rotary, value_embed)
         else:
             y = self._attend_partly(
                 i, x, weights.qkv[i], rotary, positions_T, value_embed, cache, last
@@ -399,6 +425,27 @@ class GPT(nn.Module):
             observe(tuple(f"blocks.{i}.{m}" for m in "qkv"), x)
             observe((f"blocks.{i}.out",), y)
         return F.linear(y, weights.out[i])
+
+    def _attend(
+        self,
+        i: int,
+        qkv: Tensor,
+        rotary: tuple[Tensor, Tensor],
+        value_embed: Tensor | None,
+        factor_BT: Tensor | None = None,
+    ) -> Tensor:
+        """Attention [B, T, H, K] between the heads of a joint projection, XSA included.
+
+        `factor_BT`: what its rows are still to be multiplied by, if anything.
+        """
+        gain_H, kv_heads = self.block(i).attn.q_gain, self.config.kv_heads
+        heads = (qkv, value_embed, gain_H, kv_heads, *rotary, factor_BT)
+        if self.attention_backend == "flash4" and self.passes_backend != "reference":
+            y, own_v = heads_flash4.attend(*heads)
+        else:
+            q, k, v, own_v = passes.split_heads(*heads, backend=self.passes_backend)
+            y = layers.causal_attention(q, k, v, self.attention_backend)
+        return passes.exclude_self(y, own_v, backend=self.passes_backend)
 
     def _attend_partly(
         self,
