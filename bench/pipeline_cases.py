@@ -3,10 +3,10 @@
 Work that takes minutes at the record's size is measured on a part: one small layer, 32 tokens of
 text. Each case says so.
 
-Letters: N tokens, B windows of a batch, W windows of all batches, T positions.
+Letters: N tokens, B windows of a batch, W windows of all batches, T positions, S = stride.
 """
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -16,6 +16,7 @@ from torch import Tensor
 
 from bench.measure import Case
 from bench.scale import Scale, compression_reference, gemm_reference, host_reference, one_layer
+from bench.stopwatch import Subject
 from trainer import artifact, calibrate
 from trainer.artifact import Compressor
 from trainer.average import Averages
@@ -27,14 +28,14 @@ from trainer.optim import Optimizer
 from trainer.plan import Plan
 from trainer.prune import PruningOrder
 from trainer.quantize import QuantizedMatrix, QuantizedModel, quantize_matrices, with_matrices
-from trainer.scoring import Programs, scored_batches
+from trainer.scoring import Scorer
 from trainer.windows import Window, plan_windows
 
 SHARDS = 8
 CALIBRATION_TOKENS = 32
 SCORING_BATCHES = {"cuda": 16, "cpu": 4}
 """Batches of a scoring case's call, by device. On a GPU the upload of the windows and the first
-launch take about 9 ms, 14 % of a call of four; a whole evaluation has 759 batches."""
+launch took about 9 ms, 14 % of a call of four; a whole evaluation has 759 batches."""
 GEMMS_PER_BATCH = 10
 
 
@@ -182,30 +183,53 @@ def compression(scale: Scale, compressor: Compressor) -> Case:
     return Case(run, reference, name, "cpu", lambda: {"bytes": size})
 
 
+@dataclass(frozen=True)
+class Scoring:
+    """Scoring of a call's windows, and where it leaves the nats."""
+
+    run: Subject
+    nats_N: Tensor
+    """float64 on the device; 0 where the call scores nothing."""
+    tokens: int
+    """Targets a call scores."""
+
+
 def scoring(scale: Scale, mode: SlotMode) -> Case:
     """Batches of sliding windows, plain or with SLOT.
 
     Several in one call: as in a whole evaluation, the host prepares one while the GPU does another.
     """
-    model, config, stream_N, windows = _sliding(scale)
-    programs = Programs.of(model, compiled=scale.cuda)
-
-    def run(i: int) -> None:
-        for _ in scored_batches(model, stream_N, windows, config, mode, programs):
-            pass
-
-    return _on_device(scale, run, GEMMS_PER_BATCH * _scoring_batches(scale))
+    gemms = GEMMS_PER_BATCH * _scoring_batches(scale)
+    return _on_device(scale, sliding(scale, mode).run, gemms)
 
 
 def straight_scoring(scale: Scale) -> Case:
-    """The same windows as published: every layer and the head for all positions, then a pick.
+    """The same windows as published: every layer and the head for all positions, then a pick."""
+    return _on_device(scale, straight(scale).run, GEMMS_PER_BATCH * _scoring_batches(scale))
 
-    Plain PyTorch between the products, as the published code has it; the MLP is the fused one.
+
+def sliding(scale: Scale, mode: SlotMode) -> Scoring:
+    """What a whole evaluation does for every batch but its first and last."""
+    model, config, tokens_N, windows = _sliding(scale, scale.config.passes)
+    scorer = Scorer(model, tokens_N, config, mode, compiled=scale.cuda)
+
+    def run(i: int) -> None:
+        scorer.run(windows)
+
+    return Scoring(run, scorer.nats_N, config.stride * len(windows))
+
+
+def straight(scale: Scale) -> Scoring:
+    """The published formulation, compiled: all layers and the head for all positions.
+
+    Plain PyTorch between the products, as the published code has it, and launched kernel by kernel;
+    MLP and attention are those of `scale`. The windows come from a stream on the device, and the
+    nats stay there, which spares it the published code's copies.
     """
-    model, config, stream_N, windows = _sliding(scale, passes="reference")
-    tokens_WT = torch.stack(
-        [torch.from_numpy(stream_N[w.first :][: w.length + 1]) for w in windows]
-    )
+    model, config, tokens_N, windows = _sliding(scale, "reference")
+    ids_N = torch.from_numpy(tokens_N).to(scale.device)
+    nats_N = torch.zeros(len(tokens_N) - 1, dtype=torch.float64, device=scale.device)
+    steps_T = torch.arange(scale.config.model.seq_len, device=scale.device)
 
     def nats(x_BT: Tensor, y_BT: Tensor) -> Tensor:
         logits_BTV = model.logits(model.hidden(x_BT))
@@ -216,10 +240,13 @@ def straight_scoring(scale: Scale) -> Case:
 
     @torch.no_grad()
     def run(i: int) -> None:
-        for tokens_BT in tokens_WT.to(scale.device).split(config.batch_windows):
-            program(tokens_BT[:, :-1].contiguous(), tokens_BT[:, 1:].contiguous())
+        first_W = torch.tensor([w.first for w in windows]).to(scale.device)
+        for first_B in first_W.split(config.batch_windows):
+            at_BT = first_B.unsqueeze(1) + steps_T
+            scored_BS = program(ids_N[at_BT], ids_N[at_BT + 1])
+            nats_N[at_BT[:, -config.stride :]] = scored_BS.double()
 
-    return _on_device(scale, run, GEMMS_PER_BATCH * _scoring_batches(scale))
+    return Scoring(run, nats_N, config.stride * len(windows))
 
 
 def _scoring_batches(scale: Scale) -> int:
@@ -227,15 +254,16 @@ def _scoring_batches(scale: Scale) -> int:
 
 
 def _sliding(
-    scale: Scale, passes: PassesBackend | None = None
+    scale: Scale, passes: PassesBackend
 ) -> tuple[GPT, EvalConfig, np.ndarray, list[Window]]:
     """Model, settings, random tokens, and the call's windows, which score a stride each."""
     model = scale.model(scale.config.mlp, passes=passes).requires_grad_(False)
+    model.tok_emb.weight.normal_(std=0.1)  # else all logits are near 0, and hide a wrong one
     config = scale.config.eval
     if not scale.cuda:
         config = replace(config, batch_windows=2)
     scored = config.stride * config.batch_windows * _scoring_batches(scale)
     tokens = scale.config.model.seq_len + scored
-    stream_N = np.random.default_rng(0).integers(0, scale.config.model.vocab_size, tokens + 1)
+    tokens_N = np.random.default_rng(0).integers(0, scale.config.model.vocab_size, tokens + 1)
     windows = plan_windows(tokens, scale.config.model.seq_len, config.stride)[1:]
-    return model, config, stream_N, windows
+    return model, config, tokens_N, windows

@@ -71,6 +71,6 @@ def _log_probabilities(
     """Log-probability of every token at every target, float32 [N - 1, V] on the host."""
     windows = plan_windows(len(tokens) - 1, model.config.seq_len, config.stride)
     table = torch.empty(len(tokens) - 1, model.config.vocab_size)
-    for batch in scored_batches(model, tokens, windows, config, mode, shared_out=False):
+    for batch in scored_batches(model, tokens, windows, config, mode):
         table[batch.target_indices_S.cpu()] = batch.logits_SV.log_softmax(-1).cpu()
     return table

@@ -13,7 +13,7 @@ import hashlib
 import json
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -24,10 +24,12 @@ from rich.console import Console
 from rich.table import Table
 
 from trainer import artifact, codesize, corpus, quantize
-from trainer.config import EvalConfig, SlotMode
+from trainer.config import AttentionBackend, EvalConfig, MlpBackend, PassesBackend, SlotMode
 from trainer.errors import ConfigError, DataError, FairwayError
 from trainer.legality import findings, probe_modes
 from trainer.model import GPT
+from trainer.record import RECORD, SMOKE
+from trainer.run import check_implementations, new_model
 from trainer.scoring import score
 from trainer.tokenizer import Tokenizer
 from trainer.tokens import TokenBytes, token_bytes
@@ -53,22 +55,47 @@ class Arguments:
     """Tokens a sliding window moves on."""
     batch_windows: int = EvalConfig.batch_windows
     """Windows in one batch."""
+    mlp: MlpBackend | None = None
+    """Fused MLP implementation; none: the record's on a GPU, the plain one on a CPU."""
+    attention: AttentionBackend | None = None
+    """Attention implementation; none: likewise."""
+    passes: PassesBackend | None = None
+    """What lies between the products; none: likewise."""
 
 
-def load_artifact(path: Path, device: torch.device) -> GPT:
+def load_artifact(
+    path: Path,
+    device: torch.device,
+    *,
+    mlp: MlpBackend | None = None,
+    attention: AttentionBackend | None = None,
+    passes: PassesBackend | None = None,
+) -> GPT:
     """The model of an artifact, float32 weights as decoded, ready to score.
+
+    Args:
+        path: the artifact.
+        device: where the model is to be; products are in bfloat16 on a GPU, float32 on a CPU.
+        mlp, attention, passes: implementations by name; None is the record's on a GPU, the plain
+            one on a CPU.
 
     Raises:
         ArtifactError: the file is missing, damaged or of another version.
+        ConfigError: an implementation cannot run here, or not this model.
     """
     packed = artifact.load(path)
-    cuda = device.type == "cuda"
-    model = GPT(
-        packed.model_config,
-        compute_dtype=torch.bfloat16 if cuda else torch.float32,
+    preset = RECORD if device.type == "cuda" else SMOKE
+    config = replace(
+        preset,
+        model=packed.model_config,
+        mlp=mlp or preset.mlp,
+        attention=attention or preset.attention,
+        passes=passes or preset.passes,
     )
+    check_implementations(config)
+    model = new_model(config, device)
     model.load_state_dict(quantize.dequantize(packed))
-    return model.to(device).requires_grad_(False)
+    return model.requires_grad_(False)
 
 
 def stream_of(arguments: Arguments, model: GPT) -> tuple[np.ndarray, TokenBytes]:
@@ -113,7 +140,13 @@ def _main(arguments: Arguments) -> None:
     device = torch.device(arguments.device)
     cuda = device.type == "cuda"
     started = time.perf_counter()
-    model = load_artifact(arguments.artifact, device)
+    model = load_artifact(
+        arguments.artifact,
+        device,
+        mlp=arguments.mlp,
+        attention=arguments.attention,
+        passes=arguments.passes,
+    )
     load_s = time.perf_counter() - started
     tokens_N, sizes = stream_of(arguments, model)
     table = Table(title=str(arguments.artifact))

@@ -133,7 +133,12 @@ def _main(arguments: Arguments) -> None:
     if arguments.device == "cuda" and not torch.cuda.is_available():
         raise ConfigError("--device cuda: torch finds no CUDA GPU; use --device cpu")
     paths = [p for p in (arguments.artifact, arguments.other) if p is not None]
-    models = [load_artifact(path, torch.device(arguments.device)) for path in paths]
+    device = torch.device(arguments.device)
+    # Plain operators: a step has one row, and any GPU will do.
+    models = [
+        load_artifact(path, device, mlp="reference", attention="sdpa", passes="reference")
+        for path in paths
+    ]
     vocab_size = models[0].config.vocab_size
     if any(model.config.vocab_size != vocab_size for model in models):
         raise ConfigError("the artifacts have vocabularies of different sizes; show one at a time")

@@ -30,14 +30,13 @@ def preflight(config: RunConfig) -> None:
     """Fail before any work when a chosen piece is missing here.
 
     Raises:
-        ConfigError: no CUDA, an MLP backend that cannot load, or settings that do not fit.
+        ConfigError: no CUDA, an implementation that cannot run here, or settings that do not fit.
     """
     if config.device == "cuda" and not torch.cuda.is_available():
         raise ConfigError(
             "device cuda was asked for, but torch finds no CUDA GPU. "
             "Run `python -m trainer smoke` for the CPU preset."
         )
-    _check_attention(config)
     if config.train.sequences_per_step % 8:
         raise ConfigError(
             f"train.sequences-per-step {config.train.sequences_per_step} must be a multiple of 8"
@@ -47,6 +46,16 @@ def preflight(config: RunConfig) -> None:
             f"eval.stride {config.eval.stride} must lie in 1..{config.model.seq_len} "
             "(model.seq-len)"
         )
+    check_implementations(config)
+
+
+def check_implementations(config: RunConfig) -> None:
+    """The implementations chosen by name can run here, for this model.
+
+    Raises:
+        ConfigError: one cannot; the message names its option.
+    """
+    _check_attention(config)
     try:
         require_backend(config.mlp, config.device)
     except (RuntimeError, ValueError) as error:

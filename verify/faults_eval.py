@@ -25,15 +25,22 @@ FAULTS = [
     Fault(
         "trainer/scoring.py",
         "targets are the inputs",
-        "targets_S=stream_N[indices_S + 1]",
-        "targets_S=stream_N[indices_S]",
+        "targets_S=self.ids_N[indices_S + 1]",
+        "targets_S=self.ids_N[indices_S]",
         _SCORING,
     ),
     Fault(
         "trainer/scoring.py",
         "a batch's windows shared out twice",
-        "begins[_rank() :: _world_size()] if shared_out else begins",
-        "begins",
+        "range(0, len(windows), size)[_rank() :: _world_size()]",
+        "range(0, len(windows), size)",
+        _SCORING,
+    ),
+    Fault(
+        "trainer/scoring.py",
+        "a full batch with a short last window taken for a usual one",
+        "all(w.new == config.stride for w in windows)",
+        "windows[0].new == config.stride",
         _SCORING,
     ),
     Fault(
@@ -46,8 +53,8 @@ FAULTS = [
     Fault(
         "trainer/scoring.py",
         "bytes counted without the previous token",
-        "sizes.count(batch.targets_S, batch.previous_S)",
-        "sizes.count(batch.targets_S, batch.targets_S)",
+        "sizes.count(ids_N[1:], ids_N[:-1])",
+        "sizes.count(ids_N[1:], ids_N[1:])",
         _SCORING,
     ),
     Fault(
@@ -191,10 +198,10 @@ FAULTS = [
         _LEGALITY,
     ),
     Fault(
-        "trainer/causality.py",
+        "trainer/scoring.py",
         "one rank of several probes its own batches alone",
-        "config, mode, shared_out=False)",
-        "config, mode)",
+        "for begin in range(0, len(windows), config.batch_windows):",
+        "for begin in range(0, len(windows), config.batch_windows)[_rank() :: _world_size()]:",
         _LEGALITY,
     ),
     Fault(

@@ -4,6 +4,7 @@ import math
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,12 +17,15 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch._dynamo.testing import CompileCounter
 
-from trainer import adapt, evaluate, statistics
+from kernels.flash4 import require_flash4
+from trainer import adapt, evaluate, scoring, statistics
 from trainer.causality import probe
-from trainer.config import EvalConfig, SlotMode
+from trainer.config import AttentionBackend, EvalConfig, ModelConfig, PassesBackend, SlotMode
 from trainer.errors import ConfigError
-from trainer.model import GPT
-from trainer.scoring import bits_per_byte, full_windows, score
+from trainer.model import GPT, CastWeights
+from trainer.record import RECORD
+from trainer.replay import WARM_UPS, Replayed
+from trainer.scoring import Scorer, bits_per_byte, full_windows, score
 from trainer.tokens import TokenBytes
 from trainer.windows import plan_windows
 from verify.models import TINY, random_model
@@ -320,6 +324,200 @@ def test_compiled_scores_equal_plain_ones(mode: SlotMode) -> None:
     assert (compiled.tokens, compiled.bytes) == (exact.tokens, exact.bytes)
 
 
+# Batches of the usual shape.
+
+
+class _Recorded:
+    """Stands in for a CUDA graph: inputs of its own, and the same work on every replay."""
+
+    made: list["_Recorded"]
+
+    def __init__(self, work: Callable[[Tensor], None], first_B: Tensor) -> None:
+        self.work, self.own_B = work, first_B.clone()
+        self.replays = 0
+        for _ in range(WARM_UPS + 1):
+            work(self.own_B)
+        self.made.append(self)
+
+    def __call__(self, first_B: Tensor) -> None:
+        self.replays += 1
+        self.own_B.copy_(first_B)
+        self.work(self.own_B)
+
+
+@pytest.mark.parametrize("mode", ["off", "context"])
+@pytest.mark.parametrize(
+    ("targets", "usual"),
+    [
+        (T, 0),  # one window
+        (T + 2 * 4, 0),  # one batch, and its first window scores all
+        (T + 5 * 4, 1),
+        (T + 8 * 4, 2),
+        (T + 8 * 4 - 1, 1),  # the last batch is full, its last window short
+        (T + 10 * 4 + 2, 2),
+    ],
+)
+def test_usual_batches_are_replayed_and_others_are_not(
+    targets: int, usual: int, mode: SlotMode, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One capture serves every full batch whose windows score a stride; nats are the plain ones."""
+    _Recorded.made = []
+    monkeypatch.setattr(scoring, "Replayed", _Recorded)
+    model, tokens = random_model(), _tokens(targets + 1)
+    config = EvalConfig(stride=4, batch_windows=3, slot_lr=0.05, slot_eps=0.1)
+    scorer = Scorer(model, tokens, config, mode)
+    scorer.replays = True
+    windows = plan_windows(targets, T, config.stride)
+    told: list[float] = []
+    scorer.run(windows, lambda amount=1, note="": told.append(amount))
+    assert [r.replays for r in _Recorded.made] == ([usual] if usual else [])
+    assert sum(told) == -(-len(windows) // 3)
+    expected = score(model, tokens, _sizes(), config, mode).target_nats
+    assert np.array_equal(scorer.nats_N.numpy(), expected)
+
+
+def test_a_whole_window_as_stride_is_usual_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Windows side by side score all their positions, the first one like the others."""
+    _Recorded.made = []
+    monkeypatch.setattr(scoring, "Replayed", _Recorded)
+    model, tokens = random_model(), _tokens(4 * T + 1)
+    config = EvalConfig(stride=T, batch_windows=2)
+    scorer = Scorer(model, tokens, config)
+    scorer.replays = True
+    scorer.run(plan_windows(4 * T, T, T))
+    assert [r.replays for r in _Recorded.made] == [2]
+    assert np.array_equal(scorer.nats_N.numpy(), score(model, tokens, _sizes(), config).target_nats)
+
+
+def test_weights_are_cast_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An evaluation casts the weights once, and not for every batch."""
+    model, casts = random_model(), 0
+    original = model.cast_weights
+
+    def counted() -> CastWeights:
+        nonlocal casts
+        casts += 1
+        return original()
+
+    monkeypatch.setattr(model, "cast_weights", counted)
+    score(model, _tokens(T + 60), _sizes(), EvalConfig(stride=4, batch_windows=3))
+    assert casts == 1
+
+
+def test_hidden_states_are_one_program_for_all_batches() -> None:
+    """With the weights handed over, full batches are one graph, made once."""
+    model, counter = random_model(), CompileCounter()
+    program: Any = torch.compile(model.hidden, backend=counter, fullgraph=True, dynamic=False)
+    with torch.no_grad():
+        for seed in range(3):
+            ids_BT = torch.from_numpy(_tokens(3 * T, seed).astype(np.int64)).view(3, T)
+            got = program(ids_BT, last=4, weights=model.cast_weights())
+            assert torch.equal(got, model.hidden(ids_BT, last=4))
+    assert counter.frame_count == 1
+
+
+@pytest.mark.gpu
+def test_a_replay_takes_new_values() -> None:
+    """A captured function gives on new inputs what it gives when called, and keeps no old ones."""
+    results = torch.zeros(3, 5, device="cuda", dtype=torch.float64)
+
+    def work(rows: Tensor, values: Tensor) -> None:
+        results[rows] = values.double().cumsum(-1) * 3
+
+    def inputs(seed: int) -> tuple[Tensor, Tensor]:
+        generator = torch.Generator().manual_seed(seed)
+        rows = torch.randperm(3, generator=generator)[:2]
+        return rows.cuda(), torch.randn(2, 5, generator=generator).cuda()
+
+    replayed = Replayed(work, *inputs(0))
+    for seed in range(1, 5):
+        given = inputs(seed)
+        results.zero_()
+        replayed(*given)
+        got = results.clone()
+        results.zero_()
+        work(*given)
+        assert torch.equal(got, results)
+        assert got.any()
+
+
+def _replayed_and_launched(
+    model: GPT, tokens: np.ndarray, config: EvalConfig, mode: SlotMode
+) -> tuple[Tensor, Tensor]:
+    """Nats of every target through the compiled programs, as one CUDA graph a batch and without."""
+    windows = plan_windows(len(tokens) - 1, model.config.seq_len, config.stride)
+    nats: list[Tensor] = []
+    for replays in (True, False):
+        scorer = Scorer(model, tokens, config, mode, compiled=True)
+        assert scorer.replays
+        scorer.replays = replays
+        scorer.run(windows)
+        nats.append(scorer.nats_N.cpu())
+    return nats[0], nats[1]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("mode", ["off", "context", "shared"])
+def test_replayed_scores_equal_launched_ones(mode: SlotMode) -> None:
+    """Several batches, first and last irregular: the graph gives the program's nats to the bit."""
+    config = EvalConfig(stride=4, batch_windows=3, slot_lr=0.05, slot_eps=0.1)
+    model = random_model(dtype=torch.bfloat16).cuda()
+    replayed, launched = _replayed_and_launched(model, _tokens(T + 62), config, mode)
+    assert launched.min() > 0
+    assert torch.equal(replayed, launched)
+
+
+HOPPER = ModelConfig(
+    vocab_size=256,
+    seq_len=256,
+    width=128,
+    layers=4,
+    query_heads=2,
+    kv_heads=1,
+    mlp_width=448,
+    rotary_dims=16,
+    bigram_buckets=97,
+    bigram_dim=16,
+    value_embed_layers=(1, 3),
+    value_embed_dim=16,
+)
+"""The record's head size, which the fused kernels and flash4 take."""
+
+
+@pytest.mark.hopper
+@pytest.mark.parametrize("passes", ["reference", "triton"])
+@pytest.mark.parametrize("attention", ["cudnn", "flash4"])
+@pytest.mark.parametrize("mode", ["off", "context"])
+def test_replayed_scores_of_the_fused_model(
+    mode: SlotMode, attention: AttentionBackend, passes: PassesBackend
+) -> None:
+    """With the record's kernels a graph gives the program's nats to the bit, within the budget."""
+    if attention == "flash4":
+        try:
+            require_flash4("cuda")
+        except RuntimeError as error:
+            pytest.skip(str(error))
+    config = EvalConfig(stride=32, batch_windows=4, slot_lr=0.05, slot_eps=0.1)
+    tokens = np.random.default_rng(0).integers(0, HOPPER.vocab_size, 900).astype(np.uint16)
+    exact = random_model(HOPPER).cuda()
+    plain = random_model(HOPPER, dtype=torch.bfloat16).cuda()
+    fused = GPT(
+        HOPPER, compute_dtype=torch.bfloat16, mlp="cutlass", attention=attention, passes=passes
+    ).cuda()
+    fused.load_state_dict(plain.state_dict())
+    fused.requires_grad_(False)
+    replayed, launched = _replayed_and_launched(fused, tokens, config, mode)
+    assert torch.equal(replayed, launched)
+    nats = []
+    for model in (exact, plain):
+        scorer = Scorer(model, tokens, config, mode)
+        scorer.run(plan_windows(len(tokens) - 1, HOPPER.seq_len, config.stride))
+        nats.append(scorer.nats_N.cpu())
+    allowed = kernel_budget(nats[1], nats[0], torch.bfloat16)
+    check(f"replayed scores, {attention}, {passes}, SLOT {mode}",
+          relative_error(replayed, nats[0]), allowed)  # fmt: skip
+
+
 # Causality.
 
 CONFIG = EvalConfig(stride=6, batch_windows=3, slot_lr=0.05)
@@ -469,6 +667,45 @@ def test_evaluate_scores_an_artifact_alone(
         assert "off" in output
         assert "yes" in output
         assert "NO: moved by" in output
+
+
+def test_an_artifact_takes_implementations_by_name(tmp_path: Path) -> None:
+    """Without a name the plain ones on a CPU; one that cannot run here is refused by its option."""
+    from trainer import artifact
+    from verify.test_artifact import packed_model
+
+    path, cpu = tmp_path / "a.fwy", torch.device("cpu")
+    path.write_bytes(artifact.pack(packed_model()))
+    model = evaluate.load_artifact(path, cpu)
+    chosen = (model.mlp_backend, model.attention_backend, model.passes_backend)
+    assert chosen == ("reference", "sdpa", "reference")
+    for option, names in {
+        "mlp": {"mlp": "cutlass"},
+        "attention": {"attention": "cudnn"},
+        "passes": {"passes": "triton"},
+    }.items():
+        with pytest.raises(ConfigError, match=option):
+            evaluate.load_artifact(path, cpu, **names)  # pyright: ignore[reportArgumentType]
+
+
+@pytest.mark.hopper
+def test_an_artifact_is_scored_with_the_records_kernels(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """On a Hopper GPU an artifact is scored with the record's kernels unless others are named."""
+    from trainer import artifact
+    from verify.test_artifact import packed_model
+
+    path, gpu = tmp_path / "a.fwy", torch.device("cuda")
+    path.write_bytes(artifact.pack(packed_model(config=replace(HOPPER, vocab_size=1024))))
+    model = evaluate.load_artifact(path, gpu)
+    chosen = (model.mlp_backend, model.attention_backend, model.passes_backend)
+    assert chosen == (RECORD.mlp, RECORD.attention, RECORD.passes)
+    plain = evaluate.load_artifact(path, gpu, mlp="reference", attention="sdpa", passes="reference")
+    assert plain.passes_backend == "reference"
+    options = ["--max-tokens", "900", "--stride", "32", "--batch-windows", "4"]
+    assert evaluate.main([str(path), *options, "--slot", "off", "context"]) == 0
+    assert capsys.readouterr().out.count("yes") >= 2
 
 
 def test_evaluate_explains_bad_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
