@@ -3,9 +3,9 @@
     python -m bench.loss_curves --data DIR --out FILE.json
     python -m bench.loss_curves --steps 200 -- --train.sequences-per-step 96     (trainer overrides)
 
-The old path is plain PyTorch between the products, the new one the fused passes. How far losses
-may part is told by a third run: the old path with its windows permuted within every step, the
-same training but for the order of its sums (`bench/agreement.py`).
+The old path is plain PyTorch between the products; the new ones are named (`bench/paths.py`). How
+far losses may part is told by yardsticks: the old path with its windows permuted within every step,
+the same training but for the order of its sums (`bench/agreement.py`).
 """
 
 import json
@@ -25,12 +25,12 @@ from matplotlib import pyplot as plt
 
 from bench import launch
 from bench.agreement import BLOCK_STEPS, LIMIT, Agreement, compare
+from bench.paths import PATHS, unknown
 from bench.scaling_worker import Job
 from trainer import files
-from trainer.config import AttentionBackend
 from trainer.errors import ConfigError, FairwayError
 
-OLD, PERMUTED = "old path", "old path, permuted windows"
+OLD = "fused MLP"
 
 
 @dataclass(frozen=True)
@@ -39,8 +39,10 @@ class Arguments:
 
     steps: int = 200
     """Steps of each run."""
-    attentions: tuple[AttentionBackend, ...] = ("cudnn",)
-    """Attention of the new path; a curve each."""
+    paths: tuple[str, ...] = ("fused MLP and passes",)
+    """New paths, by name; a curve each."""
+    yardsticks: int = 1
+    """Runs of the old path with permuted windows."""
     data: Path | None = None
     """Folder of shards and tokenizer; none: the embedded corpus."""
     out: Path = Path("runs/loss_curves.json")
@@ -49,31 +51,39 @@ class Arguments:
     """Seconds after which the runs are given up."""
 
 
-def new_path(attention: AttentionBackend) -> str:
-    """What the curve of the new path with this attention is called."""
-    return f"new path, {attention}"
+def permuted(number: int) -> str:
+    """What the curve of a yardstick is called; the first is number 1."""
+    return f"{OLD}, windows permuted ({number})"
 
 
-def runs(attentions: tuple[AttentionBackend, ...]) -> dict[str, tuple[tuple[str, ...], int | None]]:
+def runs(arguments: Arguments) -> dict[str, tuple[tuple[str, ...], int | None]]:
     """Overrides of every run, and the permutation of its windows."""
-    old = ("--passes", "reference")
-    new = {new_path(a): (("--attention", a), None) for a in attentions}
-    return {OLD: (old, None), **new, PERMUTED: (old, 1)}
+    old = PATHS[OLD].options()
+    return {
+        OLD: (old, None),
+        **{name: (PATHS[name].options(), None) for name in arguments.paths},
+        **{permuted(n): (old, n) for n in range(1, arguments.yardsticks + 1)},
+    }
 
 
 def run_all(arguments: Arguments, trainer: list[str], folder: Path) -> dict[str, Any]:
     """All runs side by side on one device; time does not matter here.
 
     Raises:
-        ConfigError: no GPU, so that both paths would be the plain one.
+        ConfigError: an unknown path, no yardstick, or no GPU, so that all paths would be the plain
+            one.
         RunError: a run failed.
     """
+    if strange := unknown(set(arguments.paths)):
+        raise ConfigError(f"no path {', '.join(strange)}; choose of {', '.join(PATHS)}")
+    if arguments.yardsticks < 1:
+        raise ConfigError("--yardsticks must be at least 1")
     if not torch.cuda.is_available():
         raise ConfigError("bench.loss_curves needs a CUDA GPU; torch finds none")
     data = [] if arguments.data is None else [f"--data.dir={arguments.data}"]
     results: dict[str, Path] = {}
     children: list[launch.Child] = []
-    for number, (name, (overrides, permutation)) in enumerate(runs(arguments.attentions).items()):
+    for number, (name, (overrides, permutation)) in enumerate(runs(arguments).items()):
         results[name] = folder / f"{number}.result.json"
         options = [*launch.default_preset(), *trainer, *data, *overrides]
         job = Job(options, arguments.steps, 1, permutation, str(results[name]))
@@ -88,13 +98,13 @@ def picture(path: Path, curves: dict[str, list[float]]) -> None:
     """Left: the curves. Right: how far the other runs part from the old path."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.5))
     for name, losses in curves.items():
-        style = "--" if name == PERMUTED else "-"
+        style = "--" if name.startswith(f"{OLD}, ") else "-"
         left.plot(range(1, len(losses) + 1), losses, style, linewidth=1, label=name)
         if name != OLD:
             apart = [abs(a - b) for a, b in zip(curves[OLD], losses, strict=True)]
             right.plot(range(1, len(apart) + 1), apart, style, linewidth=1, label=name)
     left.set(xlabel="step", ylabel="loss, nats per token", title="Training loss")
-    right.set(xlabel="step", yscale="log", title="|loss - loss of the old path|, nats")
+    right.set(xlabel="step", yscale="log", title=f"|loss - loss of {OLD}|, nats")
     left.legend()
     right.legend()
     with files.atomic_path(path) as partial:
@@ -119,10 +129,8 @@ def _main(arguments: Arguments, trainer: list[str]) -> list[Agreement]:
     with tempfile.TemporaryDirectory() as name:
         results = run_all(arguments, trainer, Path(name))
     curves = {name: r["losses"] for name, r in results.items()}
-    found = {
-        name: compare(curves[OLD], [curves[PERMUTED]], curves[name])
-        for name in map(new_path, arguments.attentions)
-    }
+    yardsticks = [curves[permuted(n)] for n in range(1, arguments.yardsticks + 1)]
+    found = {name: compare(curves[OLD], yardsticks, curves[name]) for name in arguments.paths}
     document = {
         "environment": results[OLD]["environment"],
         "trainer": trainer,

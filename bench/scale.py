@@ -15,7 +15,14 @@ from torch import Tensor
 
 from bench.stopwatch import Subject
 from trainer.artifact import Compressor
-from trainer.config import MICRO_BATCHES, MlpBackend, ModelConfig, PassesBackend, RunConfig
+from trainer.config import (
+    MICRO_BATCHES,
+    AttentionBackend,
+    MlpBackend,
+    ModelConfig,
+    PassesBackend,
+    RunConfig,
+)
 from trainer.model import GPT
 from trainer.record import RECORD, SMOKE
 from trainer.run import DTYPES
@@ -74,15 +81,22 @@ class Scale:
         return model.to(self.device)
 
 
-def current(passes: PassesBackend | None = None) -> Scale:
+def current(
+    passes: PassesBackend | None = None, attention: AttentionBackend | None = None
+) -> Scale:
     """The record's shapes on the GPU if there is one, else the smoke preset's on the CPU.
 
     Args:
         passes: implementation of what lies between the products, if not the preset's.
+        attention: that of attention, likewise.
     """
     cuda = torch.cuda.is_available()
     config = RECORD if cuda else SMOKE
-    chosen = replace(config, passes=passes or config.passes)
+    chosen = replace(
+        config,
+        passes=passes or config.passes,
+        attention=attention or config.attention,
+    )
     return Scale(chosen, torch.device("cuda" if cuda else "cpu"))
 
 

@@ -14,7 +14,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,32 +23,15 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
-from bench.scale import Scale, current
+from bench.paths import PATHS, Choice, unknown
+from bench.scale import current
 from bench.stopwatch import time_interleaved
 from trainer import environment, files
 from trainer.average import Averages
-from trainer.config import AttentionBackend, MlpBackend, PassesBackend
 from trainer.errors import ConfigError, FairwayError, RunError
 from trainer.optim import Optimizer
 
 SETS = 2
-
-
-@dataclass(frozen=True)
-class Choice:
-    """Implementations of one path, by name."""
-
-    mlp: MlpBackend
-    passes: PassesBackend
-    attention: AttentionBackend = "cudnn"
-
-
-PATHS = {
-    "plain": Choice("reference", "reference"),
-    "fused MLP": Choice("cutlass", "reference"),
-    "fused MLP and passes": Choice("cutlass", "triton"),
-    "with flash4": Choice("cutlass", "triton", "flash4"),
-}
 
 
 @dataclass(frozen=True)
@@ -58,7 +41,7 @@ class Arguments:
     out: Path
     """JSON file for the results."""
     paths: tuple[str, ...] = tuple(name for name, c in PATHS.items() if c.attention != "flash4")
-    """Paths to time; without a name, all but the one that needs a package of its own."""
+    """Paths to time; without a name, all but those that need a package of their own."""
     rounds: int = 50
     """Measured steps of each."""
     starts: tuple[str, ...] | None = None
@@ -68,9 +51,8 @@ class Arguments:
 def check(arguments: Arguments) -> None:
     """Raise ConfigError for paths that do not exist or cannot be measured."""
     starts = _starts(arguments)
-    unknown = sorted({*arguments.paths, *starts} - PATHS.keys())
-    if unknown:
-        raise ConfigError(f"no path {', '.join(unknown)}; choose of {', '.join(PATHS)}")
+    if strange := unknown({*arguments.paths, *starts}):
+        raise ConfigError(f"no path {', '.join(strange)}; choose of {', '.join(PATHS)}")
     untimed = sorted(set(starts) - set(arguments.paths))
     if untimed:
         raise ConfigError(f"--starts {', '.join(untimed)}: name it in --paths too")
@@ -84,16 +66,9 @@ def _starts(arguments: Arguments) -> tuple[str, ...]:
     return arguments.paths if arguments.starts is None else arguments.starts
 
 
-def scale_of(path: Choice) -> Scale:
-    """The record's shapes with a path's implementations."""
-    base = current()
-    chosen = replace(base.config, mlp=path.mlp, passes=path.passes, attention=path.attention)
-    return Scale(chosen, base.device)
-
-
 def subjects(path: Choice) -> dict[str, Callable[[int], object]]:
     """Forward and backward of a micro-step; and a whole step with optimizer and EMA."""
-    scale = scale_of(path)
+    scale = path.scale()
     model = scale.model(scale.config.mlp)
     loss_of: Any = torch.compile(model.loss, fullgraph=True)
     optimizer = Optimizer(model, scale.config.optim, scale.dtype)

@@ -23,16 +23,15 @@ import tyro
 from bench.gate import machine_class
 from bench.scale import Scale, current
 from bench.stopwatch import time_interleaved
-from kernels.mlp import require_backend
-from kernels.passes import require_passes
 from profiles import ceilings, kernels, nsight, pictures, table, torch_trace, workload
 from profiles.components import Sizes, component
 from profiles.model import analysis
 from profiles.profile import Component, Profile, build, load, save
 from trainer import environment, files
-from trainer.config import MlpBackend, PassesBackend
+from trainer.config import AttentionBackend, MlpBackend, PassesBackend
 from trainer.errors import ConfigError, DataError, FairwayError, RunError
 from trainer.progress import log
+from trainer.run import check_implementations
 
 ROOT = Path(__file__).resolve().parents[1]
 WARM_UP_STEPS = 3
@@ -49,7 +48,9 @@ class Step:
     mlp: MlpBackend | None = None
     """MLP backend; none: the preset's."""
     passes: PassesBackend | None = None
-    """What lies between the products: plain PyTorch or fused kernels; none: the preset's way."""
+    """What lies between the products, by name; none: the preset's way."""
+    attention: AttentionBackend | None = None
+    """Attention, by name; none: the preset's."""
     nsight: NsightChoice = "auto"
     """Nsight Compute's counters: where possible, insisted upon, or not at all."""
     out: Path | None = None
@@ -123,7 +124,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 def step(command: Step) -> None:
     """Profile, print the summary, write JSON, Markdown and pictures."""
-    scale = current(command.passes)
+    scale = current(command.passes, command.attention)
     backend = _backend(scale, command.mlp)
     compiled = scale.config.compile if command.mode == "auto" else command.mode == "compiled"
     with_nsight = _nsight_wanted(scale, command.nsight)
@@ -132,8 +133,9 @@ def step(command: Step) -> None:
     log(f"profiling a training step: {mode}, MLP {backend}")
     profile, launches = profile_step(scale, backend, compiled, described)
     if with_nsight:
-        passes = scale.config.passes
-        request = {"kind": "step", "mlp": backend, "passes": passes, "compiled": compiled}
+        config = scale.config
+        request = {"kind": "step", "mlp": backend, "passes": config.passes,
+                   "attention": config.attention, "compiled": compiled}  # fmt: skip
         profile = _with_counters(profile, request, launches, command.nsight)
     today = datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d")
     default = ROOT / "runs" / "profiles" / f"{today}-{machine_class(described)}-{mode}"
@@ -184,7 +186,7 @@ def profile_step(
     profile = build(
         source=f"PyTorch profiler ({'GPU kernels' if scale.cuda else 'CPU operations'})",
         title=f"One training step, {'compiled' if compiled else 'eager'}, MLP {backend}, "
-        f"passes {scale.config.passes}, "
+        f"passes {scale.config.passes}, attention {scale.config.attention}, "
         f"{scale.windows} x {model.seq_len} tokens",
         events=traced.events,
         idle_ms=traced.idle_ms,
@@ -270,14 +272,7 @@ def trend(command: Trend) -> None:
 
 def _backend(scale: Scale, chosen: MlpBackend | None) -> MlpBackend:
     backend = chosen or scale.config.mlp
-    try:
-        require_backend(backend, scale.device.type)
-    except (RuntimeError, ValueError) as error:
-        raise ConfigError(f"--mlp {backend} cannot run here: {error}") from error
-    try:
-        require_passes(scale.config.passes, scale.device.type)
-    except ValueError as error:
-        raise ConfigError(f"--passes {scale.config.passes} cannot run here: {error}") from error
+    check_implementations(replace(scale.config, mlp=backend))
     return backend
 
 

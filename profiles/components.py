@@ -13,8 +13,10 @@ UNATTRIBUTED = "unattributed"
 OPTIMIZER_PHASES = ("optimizer", "average")
 GEMM_OPS = ("aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm", "aten::_scaled_mm")
 ATTENTION_WORDS = ("scaled_dot_product", "fmha", "flash_fprop", "flash_bprop", "flash_attention")
-MLP_OPS = ("fairway::up_activation", "fairway::activation", "fairway::dpre")
-RESIDUAL_OPS = ("fairway::mix_norm", "fairway::add_norm")
+MLP_OPS = ("fairway::up_", "fairway::activation", "fairway::dpre")
+SUM_OPS = ("fairway::linear_add", "fairway::norm_gradient")
+"""Products with a residual sum in their epilogue; their second argument is the weight."""
+RESIDUAL_OPS = ("fairway::mix_norm", "fairway::mix_factor", "fairway::add_norm")
 HEAD_OPS = ("fairway::split_heads", "fairway::exclude_self")
 GEMM_WORDS = ("nvjet", "gemm", "cublas", "xmma")
 COPY_KERNELS = ("memcpy", "memset")
@@ -81,6 +83,8 @@ def component(event: Event, sizes: Sizes) -> str:
         return f"residual passes {side}"
     if any(op in around for op in HEAD_OPS):
         return f"head passes {side}"
+    if any(op in around for op in SUM_OPS):
+        return f"GEMM {gemm_role(event, sizes)}"
     if any(op in around for op in MLP_OPS):
         return f"fused MLP {side}"
     if any(op in GEMM_OPS for op in event.ops) or any(word in name for word in GEMM_WORDS):
@@ -110,14 +114,18 @@ def _op(event: Event) -> str:
 
 def gemm_role(event: Event, sizes: Sizes) -> str:
     """What a matrix product is for, from its sizes; forward, input and weight gradient alike."""
-    factors = operands(event)
-    if not factors:
-        return "other"
-    a, b, c = *factors, sizes.model
-    mkn = [a[-2], a[-1], b[-1]]
-    if sizes.tokens not in mkn:
-        return "other"
-    mkn.remove(sizes.tokens)
+    c = sizes.model
+    if _op(event).startswith(SUM_OPS):
+        mkn = list(event.dims[1])
+    else:
+        factors = operands(event)
+        if not factors:
+            return "other"
+        a, b = factors
+        mkn = [a[-2], a[-1], b[-1]]
+        if sizes.tokens not in mkn:
+            return "other"
+        mkn.remove(sizes.tokens)
     roles = (
         ((c.width, c.mlp_width), "MLP"),
         ((c.width, c.width + 2 * c.kv_width), "queries, keys, values"),
@@ -145,10 +153,16 @@ def work(event: Event) -> Work:
         return _attention_work(op, event.dims)
     if op.startswith(RESIDUAL_OPS + HEAD_OPS):
         return Work(0.0, _pass_elements(op, event.dims))
+    if op.startswith(SUM_OPS) and len(matrices) >= 2:
+        m, k = matrices[0]
+        n = math.prod(matrices[1]) // k
+        streams = len(matrices) - 1  # those added, and the sum
+        return Work(2.0 * m * k * n, float(m * k + k * n + streams * m * n))
     if op.startswith(MLP_OPS) and len(matrices) >= 2:
         m, width = matrices[0]
         hidden = math.prod(matrices[1]) // width
-        wide = 1 if op.startswith("fairway::activation") else 2  # act_grad is stored, or read
+        # act_grad is stored, or read, as post is in its place; of `up_scaled`'s only the signs are.
+        wide = 1 if op.startswith(("fairway::activation", "fairway::up_scaled")) else 2
         elements = m * width + width * hidden + wide * m * hidden
         return Work(2.0 * m * width * hidden, float(elements))
     return Work()

@@ -25,7 +25,7 @@ nsight: Any = installed_nsight
 def subject(request: dict[str, Any]) -> Callable[[], object]:
     """What is profiled, not yet warmed up."""
     if request["kind"] == "step":
-        scale = current(request["passes"])
+        scale = current(request["passes"], request["attention"])
         return workload.training_step(scale, request["mlp"], request["compiled"]).step
     case = kernels.case(current(), request["name"], request["mlp"])
     return lambda: case.subject(0)

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kernels import epilogue, heads_flash4, passes, reference
+from kernels import heads_flash4, passes, reference
 from kernels.mlp import mlp
 from kernels.reference import rms_norm
 from trainer import layers
@@ -344,6 +344,8 @@ class GPT(nn.Module):
         damp: float,
     ) -> Stream:
         """Block i of whole windows, its sums and norms in the epilogues of its products."""
+        from kernels import epilogue  # here, because it needs Triton, and a CPU does not
+
         joins, skips = i - self.encoder_layers, stream.skips
         if joins == 0:
             skips = (*skips, stream.x)
@@ -441,10 +443,9 @@ class GPT(nn.Module):
         gain_H, kv_heads = self.block(i).attn.q_gain, self.config.kv_heads
         heads = (qkv, value_embed, gain_H, kv_heads, *rotary, factor_BT)
         if self.attention_backend == "flash4" and self.passes_backend != "reference":
-            y, own_v = heads_flash4.attend(*heads)
-        else:
-            q, k, v, own_v = passes.split_heads(*heads, backend=self.passes_backend)
-            y = layers.causal_attention(q, k, v, self.attention_backend)
+            return heads_flash4.attend(*heads)
+        q, k, v, own_v = passes.split_heads(*heads, backend=self.passes_backend)
+        y = layers.causal_attention(q, k, v, self.attention_backend)
         return passes.exclude_self(y, own_v, backend=self.passes_backend)
 
     def _attend_partly(

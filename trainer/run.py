@@ -72,6 +72,11 @@ def check_implementations(config: RunConfig) -> None:
         )
     except ValueError as error:
         raise ConfigError(f"--passes {config.passes} cannot run here: {error}") from error
+    if config.passes == "epilogue" and config.mlp != "cutlass":
+        raise ConfigError(
+            f"--passes epilogue lives in the CUTLASS products, not in --mlp {config.mlp}: choose "
+            "--mlp cutlass, or --passes triton"
+        )
 
 
 def _check_attention(config: RunConfig) -> None:

@@ -7,13 +7,19 @@ from typing import Any
 import pytest
 
 from bench import loss_curves, passes, step_time
-from bench.loss_curves import OLD, PERMUTED, new_path
+from bench.loss_curves import OLD, permuted
 
 
 def _results(new_offset: float) -> dict[str, Any]:
     """Losses of 30 steps: permuted windows differ by 1e-3, and one new path of two by more."""
     base = [7.0 - 0.1 * step for step in range(30)]
-    shifted = {OLD: 0.0, PERMUTED: 1e-3, new_path("cudnn"): 1e-3, new_path("flash4"): new_offset}
+    shifted = {
+        OLD: 0.0,
+        permuted(1): 1e-3,
+        permuted(2): 1e-3,
+        "fused MLP and passes": 1e-3,
+        "with flash4": new_offset,
+    }
     return {
         name: {"losses": [loss + by for loss in base], "environment": {}}
         for name, by in shifted.items()
@@ -31,11 +37,12 @@ def test_curves_agree_within_the_yardstick(
     """The new path passes as far as permuted windows explain its difference, and fails beyond."""
     monkeypatch.setattr(loss_curves, "run_all", lambda *_: _results(offset))
     out = tmp_path / "curves.json"
-    own = ["--out", str(out), "--attentions", "cudnn", "flash4"]
+    own = ["--out", str(out), "--yardsticks", "2"]
+    own += ["--paths", "fused MLP and passes", "with flash4"]
     assert loss_curves.main([*own, "--", "--train.sequences-per-step", "8"]) == status
     stored = json.loads(out.read_text())
     apart = {name: found["rms_nats"] for name, found in stored["agreement"].items()}
-    wanted = {new_path("cudnn"): 1e-3, new_path("flash4"): offset}
+    wanted = {"fused MLP and passes": 1e-3, "with flash4": offset}
     assert apart == pytest.approx(wanted)
     assert stored["trainer"] == ["--train.sequences-per-step", "8"]
     assert out.with_suffix(".png").stat().st_size > 10_000
@@ -73,10 +80,15 @@ def test_a_start_without_its_path_is_named(
 def test_curves_are_compared_on_a_gpu_alone(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Without a GPU both paths would be the plain one, and agree: refused."""
+    """Without a GPU all paths would be the plain one, and agree: refused. So are strange names."""
     monkeypatch.setattr(loss_curves.torch.cuda, "is_available", lambda: False)
-    assert loss_curves.main([]) == 2
-    assert "needs a CUDA GPU" in capsys.readouterr().err
+    for options, message in (
+        ([], "needs a CUDA GPU"),
+        (["--paths", "fast"], "no path fast; choose of plain"),
+        (["--yardsticks", "0"], "must be at least 1"),
+    ):
+        assert loss_curves.main(options) == 2
+        assert message in capsys.readouterr().err
 
 
 def test_passes_are_timed_on_a_gpu_alone(

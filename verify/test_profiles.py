@@ -60,7 +60,26 @@ def kernel(
         ),
         (kernel("_up_kernel", ("fairway::up_activation_triton",)), "fused MLP forward"),
         (kernel("_up_kernel", ("fairway::activation_cutlass",)), "fused MLP forward"),
+        (kernel("_k", ("fairway::up_scaled_cutlass",)), "fused MLP forward"),
+        (
+            kernel("_k", ("fairway::linear_add_cutlass",), dims=((N, F), (D, F), (N, D))),
+            "GEMM MLP",
+        ),
+        (
+            kernel("_k", ("fairway::linear_add_cutlass",), dims=((N, D), (D, D), (N, D))),
+            "GEMM attention out",
+        ),
+        (
+            kernel(
+                "_k",
+                ("fairway::norm_gradient_cutlass",),
+                "backward",
+                ((N, F), (F, D), (N, D), (N, D), (N,)),
+            ),
+            "GEMM MLP",
+        ),
         (kernel("mix_norm_kernel", ("fairway::mix_norm",)), "residual passes forward"),
+        (kernel("mix_norm_kernel", ("fairway::mix_factor",)), "residual passes forward"),
         (
             kernel("add_norm_backward_kernel", ("fairway::add_norm_backward",), "backward"),
             "residual passes backward",
@@ -155,6 +174,15 @@ def test_work_counts_every_operation_once() -> None:
     alone = kernel("x", ("fairway::activation_cutlass",), dims=((6, 4), (10, 4)))
     assert work(alone).flops == work(fused).flops
     assert work(alone).elements == 6 * 4 + 4 * 10 + 6 * 10
+    scaled = kernel("x", ("fairway::up_scaled_cutlass",), dims=((6, 4), (10, 4), (6,)))
+    assert work(scaled) == work(alone)
+    added = kernel("x", ("fairway::linear_add_cutlass",), dims=((6, 10), (4, 10), (6, 4)))
+    assert work(added).flops == work(fused).flops
+    assert work(added).elements == 6 * 10 + 4 * 10 + 2 * 6 * 4
+    dims = ((6, 10), (10, 4), (6, 4), (6, 4), (6,))
+    normed = kernel("x", ("fairway::norm_gradient_cutlass",), "backward", dims)
+    assert work(normed).flops == work(fused).flops
+    assert work(normed).elements == 6 * 10 + 4 * 10 + 3 * 6 * 4
 
 
 def test_work_of_fused_passes_counts_every_tensor_once() -> None:
@@ -169,6 +197,8 @@ def test_work_of_fused_passes_counts_every_tensor_once() -> None:
         ("mix_norm", (x, x, x, d, x, mix), 4 + 3),
         ("mix_norm_backward", (x, x, x, x, mix), 4 + 2),
         ("mix_norm_backward", (x, x, x, x, x, d, mix), 5 + 3),
+        ("mix_factor", (x, x, mix), 2 + 1),
+        ("mix_factor", (x, x, d, x, mix), 3 + 1),
         ("add_norm", (x, x), 2 + 2),
         ("add_norm_backward", (x, x, x), 3 + 1),
         ("split_heads", (qkv, (8,), *tables), 1.5 + 1.5),
