@@ -210,7 +210,7 @@ def straight_scoring(scale: Scale) -> Case:
 
 def sliding(scale: Scale, mode: SlotMode) -> Scoring:
     """What a whole evaluation does for every batch but its first and last."""
-    model, config, tokens_N, windows = _sliding(scale, scale.config.passes)
+    model, config, tokens_N, windows = windows_of_a_call(scale, scale.config.passes)
     scorer = Scorer(model, tokens_N, config, mode, compiled=scale.cuda)
 
     def run(i: int) -> None:
@@ -226,7 +226,7 @@ def straight(scale: Scale) -> Scoring:
     MLP and attention are those of `scale`. The windows come from a stream on the device, and the
     nats stay there, which spares it the published code's copies.
     """
-    model, config, tokens_N, windows = _sliding(scale, "reference")
+    model, config, tokens_N, windows = windows_of_a_call(scale, "reference")
     ids_N = torch.from_numpy(tokens_N).to(scale.device)
     nats_N = torch.zeros(len(tokens_N) - 1, dtype=torch.float64, device=scale.device)
     steps_T = torch.arange(scale.config.model.seq_len, device=scale.device)
@@ -253,7 +253,7 @@ def _scoring_batches(scale: Scale) -> int:
     return SCORING_BATCHES["cuda" if scale.cuda else "cpu"]
 
 
-def _sliding(
+def windows_of_a_call(
     scale: Scale, passes: PassesBackend
 ) -> tuple[GPT, EvalConfig, np.ndarray, list[Window]]:
     """Model, settings, random tokens, and the call's windows, which score a stride each."""

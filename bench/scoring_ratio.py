@@ -28,6 +28,7 @@ from bench.stopwatch import Subject, Timing, times_interleaved
 from trainer import environment, files
 from trainer.config import AttentionBackend, MlpBackend, PassesBackend
 from trainer.errors import ConfigError, FairwayError
+from trainer.record import RECORD
 from trainer.run import check_implementations
 
 WARM_UP_ROUNDS = 2
@@ -40,11 +41,11 @@ class Arguments:
 
     out: Path
     """JSON file for the results."""
-    attention: AttentionBackend = "cudnn"
+    attention: AttentionBackend = RECORD.attention
     """Attention of both."""
-    passes: PassesBackend = "triton"
+    passes: PassesBackend = RECORD.passes
     """What lies between the products of sliding scoring; straight passes have plain PyTorch."""
-    mlp: MlpBackend = "cutlass"
+    mlp: MlpBackend = RECORD.mlp
     """MLP of both."""
     rounds: int = 12
     """Measured rounds by each clock; a round of both takes half a second."""
@@ -67,19 +68,18 @@ def scale_of(arguments: Arguments) -> Scale:
 def measure(scale: Scale, rounds: int) -> dict[str, Any]:
     """Both formulations by each clock, and how far their scores are apart; JSON-able."""
     made = {"sliding": sliding(scale, "off"), "straight": straight(scale)}
-    clocks: dict[str, Any] = {}
-    for clock, device in {"wall": "cpu", "gpu": "cuda"}.items():
-        if device == "cuda" and not scale.cuda:
-            continue
-        subjects = {
-            name: _until_done(scoring.run) if scale.cuda and clock == "wall" else scoring.run
-            for name, scoring in made.items()
-        }
-        times = times_interleaved(
+    launched: dict[str, Subject] = {name: scoring.run for name, scoring in made.items()}
+    finished = {name: _until_done(run) for name, run in launched.items()}
+    clocks = {"wall": ("cpu", finished if scale.cuda else launched)}
+    if scale.cuda:
+        clocks["gpu"] = ("cuda", launched)
+    results: dict[str, Any] = {}
+    for clock, (device, subjects) in clocks.items():
+        times_ms = times_interleaved(
             subjects, rounds=rounds, warm_up_rounds=WARM_UP_ROUNDS, device=device
         )
-        clocks[clock] = _clock(times, made["sliding"].tokens)
-    return {**clocks, "nats": _apart(made["sliding"], made["straight"])}
+        results[clock] = compared(times_ms, made["sliding"].tokens)
+    return {**results, "nats": _apart(made["sliding"], made["straight"])}
 
 
 def _until_done(work: Subject) -> Subject:
@@ -90,7 +90,7 @@ def _until_done(work: Subject) -> Subject:
     return run
 
 
-def _clock(times_ms: dict[str, list[float]], tokens: int) -> dict[str, Any]:
+def compared(times_ms: dict[str, list[float]], tokens: int) -> dict[str, Any]:
     """Milliseconds and tokens per second of each, and the ratio of tokens per second."""
     of_rounds = [b / a for a, b in zip(times_ms["sliding"], times_ms["straight"], strict=True)]
     ratio = Timing.of(of_rounds)

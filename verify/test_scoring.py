@@ -17,13 +17,15 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch._dynamo.testing import CompileCounter
 
+from bench import pipeline_cases, scoring_ratio
+from bench.scale import Scale
 from kernels.flash4 import require_flash4
 from trainer import adapt, evaluate, scoring, statistics
 from trainer.causality import probe
 from trainer.config import AttentionBackend, EvalConfig, ModelConfig, PassesBackend, SlotMode
 from trainer.errors import ConfigError
 from trainer.model import GPT, CastWeights
-from trainer.record import RECORD
+from trainer.record import RECORD, SMOKE
 from trainer.replay import WARM_UPS, Replayed
 from trainer.scoring import Scorer, bits_per_byte, full_windows, score
 from trainer.tokens import TokenBytes
@@ -516,6 +518,50 @@ def test_replayed_scores_of_the_fused_model(
     allowed = kernel_budget(nats[1], nats[0], torch.bfloat16)
     check(f"replayed scores, {attention}, {passes}, SLOT {mode}",
           relative_error(replayed, nats[0]), allowed)  # fmt: skip
+
+
+# The bench.
+
+
+@pytest.mark.parametrize("mode", ["off", "context"])
+def test_the_bench_scores_as_an_evaluation_does(mode: SlotMode) -> None:
+    """Sliding scoring in the bench leaves the nats of a whole evaluation."""
+    shape = replace(SMOKE.model, seq_len=64, layers=2, value_embed_layers=(1,))
+    config = replace(SMOKE, model=shape, eval=replace(SMOKE.eval, stride=16))
+    scale = Scale(config, torch.device("cpu"))
+    made = pipeline_cases.sliding(scale, mode)
+    made.run(0)
+    model, settings, tokens_N, windows = pipeline_cases.windows_of_a_call(scale, "reference")
+    whole = Scorer(model, tokens_N, settings, mode)
+    whole.run(plan_windows(len(tokens_N) - 1, shape.seq_len, settings.stride))
+    scored = made.nats_N != 0
+    assert scored.sum() == made.tokens == sum(w.new for w in windows)
+    error = relative_error(made.nats_N[scored], whole.nats_N[scored])
+    check("nats in the bench", error, rounding_budget(CHAIN, FLOAT))
+
+
+def test_both_formulations_of_the_ratio_score_the_same() -> None:
+    """Sliding and straight passes give every target the same nats; the ratio is one of speeds."""
+    shape = replace(SMOKE.model, seq_len=64, layers=2, value_embed_layers=(1,))
+    config = replace(SMOKE, model=shape, eval=replace(SMOKE.eval, stride=16))
+    results = scoring_ratio.measure(Scale(config, torch.device("cpu")), rounds=2)
+    nats = results["nats"]
+    assert nats["sliding"] > 0
+    allowed = rounding_budget(CHAIN, FLOAT)
+    check("straight passes", nats["root_mean_square_apart"] / nats["straight"], allowed)
+    wall = results["wall"]
+    ms = {name: timing["median_ms"] for name, timing in wall["ms_per_call"].items()}
+    tokens = 4 * 2 * 16
+    assert wall["tokens_per_s"]["sliding"] == pytest.approx(1000 * tokens / ms["sliding"], abs=1)
+    assert wall["ratio"]["p10"] <= wall["ratio"]["median"] <= wall["ratio"]["p90"]
+
+
+def test_the_ratio_is_that_of_tokens_per_second() -> None:
+    """Twice as long for the same tokens is a ratio of 2, round by round."""
+    times_ms = {"sliding": [1.0, 2.0, 4.0], "straight": [2.0, 4.0, 8.0]}
+    compared = scoring_ratio.compared(times_ms, tokens=3)
+    assert compared["ratio"] == {"median": 2.0, "p10": 2.0, "p90": 2.0}
+    assert compared["tokens_per_s"] == {"sliding": 1500, "straight": 750}
 
 
 # Causality.
