@@ -1,8 +1,8 @@
 """Build the CUTLASS kernels: `python -m kernels.build`.
 
 One translation unit a variant, linked into one plain C shared library that needs neither torch
-nor Python: it may be built on a machine without a GPU and carried to one. Objects and library
-are cached by the hash of the sources, the flags and the compiler's version.
+nor Python: it may be built on a machine without a GPU and carried to one. The library is cached
+by the hash of all sources, an object by that of its own, and both by flags and compiler.
 """
 
 import argparse
@@ -35,6 +35,7 @@ FLAGS = (
     "-Xcompiler=-fPIC",
 )
 HEADER_PACKAGE = "nvidia-cutlass==4.2.0.0"
+INCLUDE = re.compile(r'^#include "(\w+\.cuh)"', re.MULTILINE)
 SERIALISED = re.compile(r"\(C75\d\d\)")
 """ptxas warnings that it gave up on asynchronous wgmma or on register reallocation."""
 
@@ -45,18 +46,34 @@ def source_hash() -> str:
     The loader knows no compiler, so this names the library; the compiler's version is recorded
     beside it and checked when building.
     """
-    return _digest(*VARIANTS)
+    return _digest(sorted(SOURCES.iterdir()), *VARIANTS)
 
 
-def object_folder(version: str) -> Path:
-    """Where objects lie that `version` of the compiler made; a new variant leaves them valid."""
-    return CACHE / f"objects_{_digest(version)}"
+def object_folder(text: str, version: str) -> Path:
+    """Where the object lies that `version` of the compiler made of a translation unit.
+
+    Args:
+        text: the unit's source; with it count the headers it includes, and theirs.
+        version: from `compiler_version`.
+    """
+    return CACHE / f"object_{_digest(_headers(text), text, version)}"
 
 
-def _digest(*extra: str) -> str:
-    """Hash of the sources, the flags, the headers' version, and `extra`."""
+def _headers(text: str) -> list[Path]:
+    """Our own headers that a source includes, directly or not."""
+    found: set[Path] = set()
+    waiting = [text]
+    while waiting:
+        new = {SOURCES / name for name in INCLUDE.findall(waiting.pop())} - found
+        found |= new
+        waiting += [path.read_text() for path in new]
+    return sorted(found)
+
+
+def _digest(files: Sequence[Path], *extra: str) -> str:
+    """Hash of files with their names, the flags, CUTLASS's version, and `extra`."""
     digest = hashlib.sha256()
-    for path in sorted(SOURCES.iterdir()):
+    for path in files:
         digest.update(path.name.encode() + path.read_bytes())
     for part in (*FLAGS, HEADER_PACKAGE, *extra):
         digest.update(part.encode())
@@ -140,13 +157,11 @@ def build(variants: Sequence[str] | None = None, jobs: int = 1) -> Path:
         sidecar = library.with_suffix(".json")
         if library.exists() and _built_with(sidecar) == version:
             return library
-        folder = object_folder(version)
-        folder.mkdir(exist_ok=True)
         units = {"status": (SOURCES / "status.cu").read_text()}
         units.update((name, instantiate(VARIANTS[name])) for name in names)
         with ThreadPoolExecutor(jobs) as pool:
             objects = list(
-                pool.map(lambda unit: _compile(nvcc, headers, folder, *unit), units.items())
+                pool.map(lambda unit: _compile(nvcc, headers, version, *unit), units.items())
             )
         _link(nvcc, objects, library)
         partial = sidecar.with_suffix(".partial")
@@ -184,8 +199,10 @@ def instantiate(variant: Variant) -> str:
     return text
 
 
-def _compile(nvcc: Path, headers: tuple[Path, Path], folder: Path, name: str, text: str) -> Path:
+def _compile(nvcc: Path, headers: tuple[Path, Path], version: str, name: str, text: str) -> Path:
     """Object file of one translation unit, from the cache if it is there."""
+    folder = object_folder(text, version)
+    folder.mkdir(exist_ok=True)
     target = folder / f"{name}.o"
     if target.exists():
         return target

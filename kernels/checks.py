@@ -1,6 +1,6 @@
 """What every fused kernel demands of its arguments.
 
-Letters: M rows (tokens), D model width, F MLP width.
+Letters: M rows (tokens), D model width, F MLP width, K and N widths of a product's operands.
 """
 
 from functools import cache
@@ -37,6 +37,63 @@ def check_dpre(go_MD: Tensor, w_down_DF: Tensor, act_grad_MF: Tensor) -> None:
             f"act_grad {tuple(act_grad_MF.shape)} must be [M, F] = "
             f"({go_MD.shape[0]}, {w_down_DF.shape[1]})"
         )
+
+
+def check_linear_add(x_MK: Tensor, w_NK: Tensor, residual_MN: Tensor) -> None:
+    """Arguments of `linear_add`. Raises ValueError naming the first that does not fit."""
+    _check_matrices(x=x_MK, w=w_NK, residual=residual_MN)
+    if w_NK.shape[1] != x_MK.shape[1]:
+        raise ValueError(f"w [N, K] {tuple(w_NK.shape)} does not fit x [M, K] {tuple(x_MK.shape)}")
+    _check_shape("residual [M, N]", residual_MN, x_MK.shape[0], w_NK.shape[0])
+
+
+def check_up_scaled(x_MD: Tensor, w_up_FD: Tensor, scale_M: Tensor) -> None:
+    """Arguments of `up_scaled`. Raises ValueError naming the first that does not fit."""
+    check_up_activation(x_MD, w_up_FD)
+    _check_factors("scale", scale_M, x_MD)
+
+
+def check_dpre_scaled(
+    go_MD: Tensor,
+    w_down_DF: Tensor,
+    post_MF: Tensor,
+    signs: Tensor,
+    scale_M: Tensor,
+    signs_shape: tuple[int, ...],
+) -> None:
+    """Arguments of `dpre_scaled`; signs must have `signs_shape`.
+
+    Raises:
+        ValueError: one does not fit; the message names the first.
+    """
+    _check_matrices(go=go_MD, w_down=w_down_DF, post=post_MF)
+    if w_down_DF.shape[0] != go_MD.shape[1]:
+        raise ValueError(
+            f"w_down [D, F] {tuple(w_down_DF.shape)} does not fit go [M, D] {tuple(go_MD.shape)}"
+        )
+    _check_shape("post [M, F]", post_MF, go_MD.shape[0], w_down_DF.shape[1])
+    _check_factors("scale", scale_M, go_MD)
+    if signs.dtype != torch.int32 or tuple(signs.shape) != signs_shape:
+        raise ValueError(
+            f"signs must be int32 {signs_shape} as up_scaled stores them, not {signs.dtype} "
+            f"{tuple(signs.shape)}"
+        )
+    if signs.device != go_MD.device or not signs.is_contiguous() or signs.data_ptr() % 16:
+        raise ValueError(f"signs must be contiguous, on {go_MD.device} and as up_scaled gave them")
+
+
+def check_norm_gradient(
+    dpre_MF: Tensor, w_up_FD: Tensor, go_MD: Tensor, t_MD: Tensor, factor_M: Tensor
+) -> None:
+    """Arguments of `norm_gradient`. Raises ValueError naming the first that does not fit."""
+    _check_matrices(dpre=dpre_MF, w_up=w_up_FD, go=go_MD, t=t_MD)
+    if w_up_FD.shape[0] != dpre_MF.shape[1]:
+        raise ValueError(
+            f"w_up [F, D] {tuple(w_up_FD.shape)} does not fit dpre [M, F] {tuple(dpre_MF.shape)}"
+        )
+    for name, tensor in (("go [M, D]", go_MD), ("t [M, D]", t_MD)):
+        _check_shape(name, tensor, dpre_MF.shape[0], w_up_FD.shape[1])
+    _check_factors("factor", factor_M, dpre_MF)
 
 
 def require_hopper(tensor: Tensor) -> None:
@@ -103,6 +160,24 @@ def check_power_of_two(**sizes: int) -> None:
 @cache
 def _capability(device: torch.device) -> tuple[int, int]:
     return torch.cuda.get_device_capability(device)
+
+
+def _check_shape(name: str, tensor: Tensor, rows: int, columns: int) -> None:
+    if tuple(tensor.shape) != (rows, columns):
+        raise ValueError(f"{name} {tuple(tensor.shape)} must be ({rows}, {columns})")
+
+
+def _check_factors(name: str, factors_M: Tensor, rows: Tensor) -> None:
+    """One float32 a row of `rows`, on its device, contiguous."""
+    if factors_M.dtype != torch.float32 or tuple(factors_M.shape) != (rows.shape[0],):
+        raise ValueError(
+            f"{name} must be float32 ({rows.shape[0]},), one a row, not {factors_M.dtype} "
+            f"{tuple(factors_M.shape)}"
+        )
+    if factors_M.device != rows.device:
+        raise ValueError(f"{name} is on {factors_M.device}, its rows on {rows.device}")
+    if not factors_M.is_contiguous():
+        raise ValueError(f"{name} must be contiguous; call .contiguous() on it")
 
 
 def _check_matrices(**tensors: Tensor) -> None:

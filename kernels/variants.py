@@ -11,8 +11,9 @@ class Variant:
     """Compile-time shape of one fused GEMM.
 
     Attributes:
-        op: `dpre` (backward), `up` (forward, two stores) or `activation` (forward without
-            act_grad, one store).
+        op: of the MLP, `dpre` (backward), `up` (forward, two stores) or `activation` (forward
+            without act_grad, one store); of a block, whose epilogues take over passes beside the
+            products, `linear_add`, `up_scaled`, `dpre_scaled` or `norm_gradient`.
         tile: rows, columns and depth of a threadblock's tile.
         cluster: threadblocks that share loads by multicast, along M and N.
         epilogue: rows and columns the epilogue handles at a time.
@@ -22,13 +23,25 @@ class Variant:
         operand: where `dpre` takes act_grad from: an auxiliary load, or the GEMM's C operand.
     """
 
-    op: Literal["dpre", "up", "activation"]
+    op: Literal[
+        "dpre", "up", "activation", "linear_add", "up_scaled", "dpre_scaled", "norm_gradient"
+    ]
     tile: tuple[int, int, int]
     cluster: Pair
     epilogue: Pair
     schedule: Literal["PingPong", "Cooperative"]
     stores: int = 2
     operand: Literal["kAux", "kSource"] = "kAux"
+
+    @property
+    def threads(self) -> int:
+        """Threads that share a tile's epilogue."""
+        return {"PingPong": 128, "Cooperative": 256}[self.schedule]
+
+    @property
+    def signs_layout(self) -> tuple[tuple[int, int, int], Pair, str]:
+        """What `up_scaled` and `dpre_scaled` must share for the one to read the other's signs."""
+        return self.tile, self.epilogue, self.schedule
 
     @property
     def name(self) -> str:
@@ -53,6 +66,14 @@ _ALL = (
     Variant("up", (128, 128, 64), (2, 1), (64, 32), "PingPong", stores=4),
     Variant("up", (128, 256, 64), (2, 1), (128, 64), "Cooperative"),
     Variant("activation", (128, 128, 64), (1, 1), (64, 64), "PingPong"),
+    Variant("linear_add", (128, 128, 64), (1, 2), (64, 64), "PingPong"),
+    Variant("linear_add", (128, 256, 64), (2, 1), (128, 64), "Cooperative"),
+    Variant("up_scaled", (128, 128, 64), (1, 1), (64, 64), "PingPong"),
+    Variant("up_scaled", (128, 128, 64), (1, 2), (64, 64), "PingPong"),
+    Variant("dpre_scaled", (128, 128, 64), (1, 2), (64, 64), "PingPong"),
+    Variant("dpre_scaled", (128, 128, 64), (1, 1), (64, 64), "PingPong"),
+    Variant("norm_gradient", (128, 128, 64), (1, 2), (64, 64), "PingPong"),
+    Variant("norm_gradient", (128, 256, 64), (2, 1), (128, 32), "Cooperative"),
 )
 """Fastest first, then what the kernel table compares it with; kernels/NOTES.md has those tried
 and dropped."""
@@ -84,3 +105,16 @@ UP_PLAN = Plan("up_pingpong_128x128x64_c1x1_e64x32_s2", max_swizzle=2)
 
 ACTIVATION_PLAN = Plan("activation_pingpong_128x128x64_c1x1_e64x64_s2", max_swizzle=2)
 """Fastest CUTLASS forward without act_grad on an H100; see kernels/NOTES.md."""
+
+LINEAR_ADD_PLAN = Plan("linear_add_pingpong_128x128x64_c1x2_e64x64_s2")
+"""Not yet measured: tile and order of the fastest `dpre`, which also reads a C operand."""
+
+UP_SCALED_PLAN = Plan("up_scaled_pingpong_128x128x64_c1x1_e64x64_s2", max_swizzle=2)
+"""Not yet measured: tile and order of the fastest `activation`."""
+
+DPRE_SCALED_PLAN = Plan("dpre_scaled_pingpong_128x128x64_c1x2_e64x64_s2")
+"""Not yet measured: tile and order of the fastest `dpre`. Its variant must have the tile, epilogue
+piece and schedule of UP_SCALED_PLAN's, for it reads the signs in the layout they are stored in."""
+
+NORM_GRADIENT_PLAN = Plan("norm_gradient_pingpong_128x128x64_c1x2_e64x64_s2")
+"""Not yet measured: tile and order of the fastest `dpre`."""

@@ -24,6 +24,8 @@ from verify.tolerance import check, kernel_budget, relative_error
 
 BF16 = torch.bfloat16
 NO_DEVICE = 999
+MLP = [name for name, v in VARIANTS.items() if v.op in ("dpre", "up", "activation")]
+"""The MLP's variants; those of a block's products have verify/test_block_products.py."""
 
 # The variants table and the hash.
 
@@ -85,6 +87,28 @@ def test_hash_follows_sources_flags_and_variants(
     monkeypatch.setattr(build, "VARIANTS", {UP_PLAN.variant: VARIANTS[UP_PLAN.variant]})
     found.add(build.source_hash())
     assert len(found) == 1 + len(list(folder.iterdir())) + 3
+
+
+def test_object_follows_its_own_sources(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A header counts for the objects that include it, directly or not, and for no others."""
+    folder = _copied_sources(tmp_path, monkeypatch)
+    sources = {v.op: build.instantiate(v) for v in VARIANTS.values()}
+
+    def places() -> dict[str, Path]:
+        return {op: build.object_folder(text, "a b c") for op, text in sources.items()}
+
+    before = places()
+    assert len(set(before.values())) == len(sources)
+    of_mlp = {"dpre", "up", "activation"}
+    for header, kept in (("block.cuh", of_mlp), ("nodes.cuh", of_mlp), ("gemm.cuh", set[str]())):
+        text = (folder / header).read_text()
+        (folder / header).write_text(text + "\n")
+        after = places()
+        assert {op for op in of_mlp if after[op] == before[op]} == kept
+        assert after["up_scaled"] != before["up_scaled"]
+        (folder / header).write_text(text)
+    assert places() == before
+    assert build.object_folder(sources["up"], "a b d") != before["up"]
 
 
 def test_loader_finds_its_library_without_a_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -382,7 +406,8 @@ def test_machine_code_uses_hoppers_own_instructions(default_library: Path) -> No
 def test_compiler_reports_no_spills(default_library: Path) -> None:
     """ptxas reports the kernel without stack, spills or warnings."""
     assert default_library.exists()
-    folder = build.object_folder(build.compiler_version(build.find_nvcc()))
+    source = build.instantiate(VARIANTS[DPRE_PLAN.variant])
+    folder = build.object_folder(source, build.compiler_version(build.find_nvcc()))
     text = (folder / f"{DPRE_PLAN.variant}.log").read_text()
     reports = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes", text)
     assert reports == [("0", "0", "0")]
@@ -471,7 +496,7 @@ def _meaning(name: str, inputs: tuple[Tensor, Tensor, Tensor, Tensor]) -> tuple[
 
 
 @pytest.mark.hopper
-@pytest.mark.parametrize("name", list(VARIANTS))
+@pytest.mark.parametrize("name", MLP)
 def test_many_tiles_on_hopper(name: str) -> None:
     """With many tiles a multiprocessor, each row is right, whatever the order of the tiles."""
     inputs = _inputs(*MANY_TILES)
@@ -490,7 +515,7 @@ def test_many_tiles_on_hopper(name: str) -> None:
 
 
 @pytest.mark.hopper
-@pytest.mark.parametrize("name", list(VARIANTS))
+@pytest.mark.parametrize("name", MLP)
 def test_nothing_outside_the_result_is_written(name: str) -> None:
     """Ragged tiles write their rows and columns alone: memory after the result stays as it was."""
     m, d, f = 129, 72, 136
@@ -531,7 +556,7 @@ EDGES = [0.0, 1e-40, -1e-40, 2.0**-133, 1.0, -1.0, 1.8e19, -1.8e19, 3e38, -3e38,
 
 
 @pytest.mark.hopper
-@pytest.mark.parametrize("name", list(VARIANTS))
+@pytest.mark.parametrize("name", MLP)
 def test_edges_pass_through_on_hopper(name: str) -> None:
     """Zeros, denormals, the largest numbers and infinities come out as float32 rounds them."""
     edges = torch.tensor([*EDGES, float("-inf"), 3.0, -3.0, 0.5, -0.5], device="cuda", dtype=BF16)
