@@ -18,7 +18,7 @@ def check_up_activation(x_MD: Tensor, w_up_FD: Tensor) -> None:
     Raises:
         ValueError: one does not fit; the message names the first.
     """
-    _check_matrices(x=x_MD, w_up=w_up_FD)
+    check_matrices(x=x_MD, w_up=w_up_FD)
     if x_MD.shape[1] != w_up_FD.shape[1]:
         raise ValueError(
             f"w_up [F, D] {tuple(w_up_FD.shape)} does not fit x [M, D] {tuple(x_MD.shape)}"
@@ -27,7 +27,7 @@ def check_up_activation(x_MD: Tensor, w_up_FD: Tensor) -> None:
 
 def check_dpre(go_MD: Tensor, w_down_DF: Tensor, act_grad_MF: Tensor) -> None:
     """Arguments of `dpre`. Raises ValueError naming the first that does not fit."""
-    _check_matrices(go=go_MD, w_down=w_down_DF, act_grad=act_grad_MF)
+    check_matrices(go=go_MD, w_down=w_down_DF, act_grad=act_grad_MF)
     if w_down_DF.shape[0] != go_MD.shape[1]:
         raise ValueError(
             f"w_down [D, F] {tuple(w_down_DF.shape)} does not fit go [M, D] {tuple(go_MD.shape)}"
@@ -41,7 +41,7 @@ def check_dpre(go_MD: Tensor, w_down_DF: Tensor, act_grad_MF: Tensor) -> None:
 
 def check_linear_add(x_MK: Tensor, w_NK: Tensor, residual_MN: Tensor) -> None:
     """Arguments of `linear_add`. Raises ValueError naming the first that does not fit."""
-    _check_matrices(x=x_MK, w=w_NK, residual=residual_MN)
+    check_matrices(x=x_MK, w=w_NK, residual=residual_MN)
     if w_NK.shape[1] != x_MK.shape[1]:
         raise ValueError(f"w [N, K] {tuple(w_NK.shape)} does not fit x [M, K] {tuple(x_MK.shape)}")
     _check_shape("residual [M, N]", residual_MN, x_MK.shape[0], w_NK.shape[0])
@@ -50,7 +50,7 @@ def check_linear_add(x_MK: Tensor, w_NK: Tensor, residual_MN: Tensor) -> None:
 def check_up_scaled(x_MD: Tensor, w_up_FD: Tensor, scale_M: Tensor) -> None:
     """Arguments of `up_scaled`. Raises ValueError naming the first that does not fit."""
     check_up_activation(x_MD, w_up_FD)
-    _check_factors("scale", scale_M, x_MD)
+    check_factors("scale", scale_M, x_MD)
 
 
 def check_dpre_scaled(
@@ -66,13 +66,13 @@ def check_dpre_scaled(
     Raises:
         ValueError: one does not fit; the message names the first.
     """
-    _check_matrices(go=go_MD, w_down=w_down_DF, post=post_MF)
+    check_matrices(go=go_MD, w_down=w_down_DF, post=post_MF)
     if w_down_DF.shape[0] != go_MD.shape[1]:
         raise ValueError(
             f"w_down [D, F] {tuple(w_down_DF.shape)} does not fit go [M, D] {tuple(go_MD.shape)}"
         )
     _check_shape("post [M, F]", post_MF, go_MD.shape[0], w_down_DF.shape[1])
-    _check_factors("scale", scale_M, go_MD)
+    check_factors("scale", scale_M, go_MD)
     if signs.dtype != torch.int32 or tuple(signs.shape) != signs_shape:
         raise ValueError(
             f"signs must be int32 {signs_shape} as up_scaled stores them, not {signs.dtype} "
@@ -86,14 +86,14 @@ def check_norm_gradient(
     dpre_MF: Tensor, w_up_FD: Tensor, go_MD: Tensor, t_MD: Tensor, factor_M: Tensor
 ) -> None:
     """Arguments of `norm_gradient`. Raises ValueError naming the first that does not fit."""
-    _check_matrices(dpre=dpre_MF, w_up=w_up_FD, go=go_MD, t=t_MD)
+    check_matrices(dpre=dpre_MF, w_up=w_up_FD, go=go_MD, t=t_MD)
     if w_up_FD.shape[0] != dpre_MF.shape[1]:
         raise ValueError(
             f"w_up [F, D] {tuple(w_up_FD.shape)} does not fit dpre [M, F] {tuple(dpre_MF.shape)}"
         )
     for name, tensor in (("go [M, D]", go_MD), ("t [M, D]", t_MD)):
         _check_shape(name, tensor, dpre_MF.shape[0], w_up_FD.shape[1])
-    _check_factors("factor", factor_M, dpre_MF)
+    check_factors("factor", factor_M, dpre_MF)
 
 
 def require_hopper(tensor: Tensor) -> None:
@@ -167,8 +167,8 @@ def _check_shape(name: str, tensor: Tensor, rows: int, columns: int) -> None:
         raise ValueError(f"{name} {tuple(tensor.shape)} must be ({rows}, {columns})")
 
 
-def _check_factors(name: str, factors_M: Tensor, rows: Tensor) -> None:
-    """One float32 a row of `rows`, on its device, contiguous."""
+def check_factors(name: str, factors_M: Tensor, rows: Tensor) -> None:
+    """One float32 a row of `rows`, on its device, contiguous. Raises ValueError."""
     if factors_M.dtype != torch.float32 or tuple(factors_M.shape) != (rows.shape[0],):
         raise ValueError(
             f"{name} must be float32 ({rows.shape[0]},), one a row, not {factors_M.dtype} "
@@ -180,8 +180,8 @@ def _check_factors(name: str, factors_M: Tensor, rows: Tensor) -> None:
         raise ValueError(f"{name} must be contiguous; call .contiguous() on it")
 
 
-def _check_matrices(**tensors: Tensor) -> None:
-    """Type, place, rank, width, layout and alignment of each matrix."""
+def check_matrices(**tensors: Tensor) -> None:
+    """Type, place, rank, width, layout and alignment of each matrix. Raises ValueError."""
     first_name, first = next(iter(tensors.items()))
     for name, tensor in tensors.items():
         if tensor.dtype != torch.bfloat16:

@@ -81,8 +81,14 @@ def sm_count(device: int) -> int:
     return count.value
 
 
-def launch(plan: Plan, tensors: tuple[Tensor, ...], sizes: tuple[int, int, int]) -> None:
-    """Launch `plan` on the current stream of the tensors' device. Raises RuntimeError."""
+def launch(plan: Plan, tensors: tuple[Tensor, ...], sizes: tuple[int, ...]) -> None:
+    """Launch `plan` on the current stream of the tensors' device. Raises RuntimeError.
+
+    Args:
+        plan: variant and order of tiles.
+        tensors: its C function's pointers, in order; an empty tensor's is null.
+        sizes: its numbers, in order.
+    """
     device = tensors[0].device
     with torch.cuda.device(device):
         index = torch.cuda.current_device()
@@ -105,7 +111,7 @@ def run_dpre(go_MD: Tensor, w_down_DF: Tensor, act_grad_MF: Tensor, plan: Plan) 
         RuntimeError: no Hopper GPU, the library is missing, or the launch failed.
     """
     checks.check_dpre(go_MD, w_down_DF, act_grad_MF)
-    _check_plan(plan, "dpre")
+    check_plan(plan, "dpre")
     checks.require_hopper(go_MD)
     out_MF = torch.empty_like(act_grad_MF)
     (m, d), f = go_MD.shape, act_grad_MF.shape[1]
@@ -116,7 +122,7 @@ def run_dpre(go_MD: Tensor, w_down_DF: Tensor, act_grad_MF: Tensor, plan: Plan) 
 def run_up_activation(x_MD: Tensor, w_up_FD: Tensor, plan: Plan) -> tuple[Tensor, Tensor]:
     """`up_activation` with an explicit plan. Raises as `run_dpre` does."""
     checks.check_up_activation(x_MD, w_up_FD)
-    _check_plan(plan, "up")
+    check_plan(plan, "up")
     checks.require_hopper(x_MD)
     (m, d), f = x_MD.shape, w_up_FD.shape[0]
     act_grad_MF, post_MF = (x_MD.new_empty((m, f)) for _ in range(2))
@@ -127,7 +133,7 @@ def run_up_activation(x_MD: Tensor, w_up_FD: Tensor, plan: Plan) -> tuple[Tensor
 def run_activation(x_MD: Tensor, w_up_FD: Tensor, plan: Plan) -> Tensor:
     """`activation` with an explicit plan. Raises as `run_dpre` does."""
     checks.check_up_activation(x_MD, w_up_FD)
-    _check_plan(plan, "activation")
+    check_plan(plan, "activation")
     checks.require_hopper(x_MD)
     (m, d), f = x_MD.shape, w_up_FD.shape[0]
     post_MF = x_MD.new_empty((m, f))
@@ -140,7 +146,7 @@ def run_linear_add(
 ) -> tuple[Tensor, Tensor]:
     """`linear_add` with an explicit plan. Raises as `run_dpre` does."""
     checks.check_linear_add(x_MK, w_NK, residual_MN)
-    _check_plan(plan, "linear_add")
+    check_plan(plan, "linear_add")
     checks.require_hopper(x_MK)
     (m, k), n = x_MK.shape, w_NK.shape[0]
     out_MN = torch.empty_like(residual_MN)
@@ -154,7 +160,7 @@ def run_up_scaled(
 ) -> tuple[Tensor, Tensor]:
     """`up_scaled` with an explicit plan. Raises as `run_dpre` does."""
     checks.check_up_scaled(x_MD, w_up_FD, scale_M)
-    _check_plan(plan, "up_scaled")
+    check_plan(plan, "up_scaled")
     checks.require_hopper(x_MD)
     (m, d), f = x_MD.shape, w_up_FD.shape[0]
     post_MF = x_MD.new_empty((m, f))
@@ -178,8 +184,8 @@ def run_dpre_scaled(
         ValueError: as `run_dpre`, and for two plans that lay signs out differently.
         RuntimeError: as `run_dpre`.
     """
-    _check_plan(plan, "dpre_scaled")
-    _check_plan(signs_plan, "up_scaled")
+    check_plan(plan, "dpre_scaled")
+    check_plan(signs_plan, "up_scaled")
     _check_signs_agree(plan, signs_plan)
     (m, d), f = go_MD.shape, post_MF.shape[1]
     checks.check_dpre_scaled(
@@ -197,7 +203,7 @@ def run_norm_gradient(
 ) -> Tensor:
     """`norm_gradient` with an explicit plan. Raises as `run_dpre` does."""
     checks.check_norm_gradient(dpre_MF, w_up_FD, go_MD, t_MD, factor_M)
-    _check_plan(plan, "norm_gradient")
+    check_plan(plan, "norm_gradient")
     checks.require_hopper(dpre_MF)
     (m, f), d = dpre_MF.shape, w_up_FD.shape[1]
     dt_MD = torch.empty_like(go_MD)
@@ -227,7 +233,8 @@ def _check_signs_agree(reads: Plan, stores: Plan) -> None:
         )
 
 
-def _check_plan(plan: Plan, op: str) -> None:
+def check_plan(plan: Plan, op: str) -> None:
+    """The plan must name a variant of operator `op`. Raises ValueError."""
     if plan.variant not in VARIANTS or VARIANTS[plan.variant].op != op:
         known = ", ".join(name for name, v in VARIANTS.items() if v.op == op)
         raise ValueError(f"variant {plan.variant!r} is not one of {known}")

@@ -12,7 +12,7 @@ Around the products lie passes over the residual stream and over the heads; thei
 here too.
 
 Letters: M rows (tokens), D model width, F MLP width, B windows, T positions, H query heads,
-G key/value heads, K head size, R rotary dims.
+G key/value heads, K head size, R rotary dims, W joint width of all heads, P heads with a norm.
 """
 
 import torch
@@ -231,6 +231,79 @@ def query_heads(q_BTHK: Tensor, gain_H: Tensor, cos: Tensor, sin: Tensor) -> Ten
 def key_heads(k_BTGK: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Normalise and turn projected keys."""
     return rotate(rms_norm(k_BTGK), cos, sin)
+
+
+def project_heads(
+    rows_MD: Tensor,
+    w_WD: Tensor,
+    factor_M: Tensor,
+    value_embed_MV: Tensor | None,
+    gain_H: Tensor,
+    kv_heads: int,
+    cos: Tensor,
+    sin: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """The heads of `split_heads` of a projection, side by side, and the factors of their norms.
+
+    Args:
+        rows_MD: what is projected, before its own norm.
+        w_WD: weights, W = (H + 2 G) K: query heads, key heads, value heads.
+        factor_M: of the rows' norm, float32. It gets no gradient, as the scale of `split_heads`.
+        value_embed_MV: added to the values, V = G K, or None.
+        gain_H: float32, one a query head.
+        kv_heads: G.
+        cos: float32 [T, R/2]; row m is at position m % T.
+        sin: likewise.
+
+    Returns:
+        Heads [M, W], and 1 / rms of each query and key head before its norm, [H + G, M].
+    """
+    normed_heads = len(gain_H) + kv_heads
+    x_MW = factor_M.detach().unsqueeze(-1) * F.linear(rows_MD, w_WD)
+    x = x_MW.unflatten(1, (normed_heads + kv_heads, -1))
+    normed, v = x[:, :normed_heads], x[:, normed_heads:]
+    inverse = torch.rsqrt(normed.square().mean(-1) + EPS)
+    position = torch.arange(len(x), device=x.device) % len(cos)
+    turned = rotate((inverse.unsqueeze(-1) * normed)[None], cos[position], sin[position])[0]
+    gains = torch.cat((gain_H, gain_H.new_ones(kv_heads)))
+    if value_embed_MV is not None:
+        v = v + value_embed_MV.view_as(v)
+    heads = torch.cat((gains.unsqueeze(-1) * turned, v), dim=1)
+    return heads.flatten(1).type_as(rows_MD), inverse.t().contiguous()
+
+
+def project_heads_backward(
+    grad_MW: Tensor,
+    heads_MW: Tensor,
+    inverse_PM: Tensor,
+    factor_M: Tensor,
+    gain_H: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """Gradient at rows @ w^T of `project_heads`, [M, W], and at the gains, [H].
+
+    Of a head's direction n = y / gain, turned, and the gradient g at y: at the gain g . n, and
+    before norm and rotary inverse rotate^T(gain (g - n (g . n) / K)). A gain of exactly 0 leaves
+    no direction: n counts as 0 there, and with it the gain's gradient.
+
+    Args:
+        grad_MW: gradient at the heads.
+        heads_MW, inverse_PM: `project_heads`' results.
+        factor_M, gain_H, cos, sin: its arguments.
+    """
+    normed_heads, kv_heads = len(inverse_PM), len(inverse_PM) - len(gain_H)
+    grad, y = (t.unflatten(1, (normed_heads + kv_heads, -1)) for t in (grad_MW, heads_MW))
+    g, y = (t[:, :normed_heads].to(inverse_PM.dtype) for t in (grad, y))
+    gains = torch.cat((gain_H, gain_H.new_ones(kv_heads))).unsqueeze(-1)
+    n = torch.where(gains == 0, 0, y / gains)
+    along = (g * n).sum(-1, keepdim=True)
+    z = inverse_PM.t().unsqueeze(-1) * gains * (g - n * along / n.shape[-1])
+    position = torch.arange(len(z), device=z.device) % len(cos)
+    dx = rotate(z[None], cos[position], -sin[position])[0]  # the transpose turns back
+    d_heads = torch.cat((dx, grad[:, normed_heads:].type_as(dx)), dim=1)
+    d_joint = factor_M.view(-1, 1, 1) * d_heads
+    return d_joint.flatten(1).type_as(grad_MW), along[:, : len(gain_H), 0].sum(0)
 
 
 def exclude_self(y_BTHK: Tensor, v_BTGK: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ class Variant:
     Attributes:
         op: of the MLP, `dpre` (backward), `up` (forward, two stores) or `activation` (forward
             without act_grad, one store); of a block, whose epilogues take over passes beside the
-            products, `linear_add`, `up_scaled`, `dpre_scaled` or `norm_gradient`.
+            products, `linear_add`, `up_scaled`, `dpre_scaled`, `norm_gradient` or `heads`.
         tile: rows, columns and depth of a threadblock's tile.
         cluster: threadblocks that share loads by multicast, along M and N.
         epilogue: rows and columns the epilogue handles at a time.
@@ -24,7 +24,14 @@ class Variant:
     """
 
     op: Literal[
-        "dpre", "up", "activation", "linear_add", "up_scaled", "dpre_scaled", "norm_gradient"
+        "dpre",
+        "up",
+        "activation",
+        "linear_add",
+        "up_scaled",
+        "dpre_scaled",
+        "norm_gradient",
+        "heads",
     ]
     tile: tuple[int, int, int]
     cluster: Pair
@@ -74,6 +81,9 @@ _ALL = (
     Variant("dpre_scaled", (128, 128, 64), (1, 1), (64, 64), "PingPong"),
     Variant("norm_gradient", (128, 128, 64), (1, 2), (64, 64), "PingPong"),
     Variant("norm_gradient", (128, 256, 64), (2, 1), (128, 32), "Cooperative"),
+    Variant("heads", (128, 128, 64), (1, 1), (64, 64), "PingPong"),
+    Variant("heads", (128, 128, 64), (1, 2), (64, 64), "PingPong"),
+    Variant("heads", (128, 256, 64), (2, 1), (128, 64), "Cooperative"),
 )
 """Fastest first, then what the kernel table compares it with; kernels/NOTES.md has those tried
 and dropped."""
@@ -118,3 +128,6 @@ piece and schedule of UP_SCALED_PLAN's, for it reads the signs in the layout the
 
 NORM_GRADIENT_PLAN = Plan("norm_gradient_pingpong_128x128x64_c1x2_e64x64_s2")
 """Not yet measured: tile and order of the fastest `dpre`."""
+
+HEADS_PLAN = Plan("heads_pingpong_128x128x64_c1x1_e64x64_s2", max_swizzle=2)
+"""Not yet measured: tile and order of the fastest `activation`, which also stores one tensor."""
