@@ -1,4 +1,4 @@
-"""Other ways to call the flash4 kernels, to be measured beside one call for all heads.
+"""Other ways to call the flash4 kernels, to be measured beside those that the model uses.
 
 Letters: B windows, T positions, H query heads, G key/value heads, K head size, R = H/G.
 """
@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kernels import flash4
+from kernels import flash4, heads_flash4, pass_ops
+from kernels.passes import fused_heads, fused_heads_backward
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 """q [B, T, H, K], k and v [B, T, G, K] to the output [B, T, H, K]; differentiable."""
@@ -68,9 +69,55 @@ def _in_fixed_order(
 
 
 def _by_member(grad: Tensor, *saved: Tensor) -> tuple[Tensor, ...]:
-    """One call for the r-th query head of every group, as the model calls it.
-
-    The gradients of the R calls are added here; in the model the head pass does so as it reads.
-    """
-    dq, dk, dv = flash4.flash_attention_backward_by_member(grad, *saved)
+    """The gradients of the R calls are added here; in the model the head pass does so."""
+    dq, dk, dv = by_member(grad, *saved)
     return dq, dk.sum(0), dv.sum(0)
+
+
+def by_member(
+    grad_BTHK: Tensor,
+    q_BTHK: Tensor,
+    k_BTGK: Tensor,
+    v_BTGK: Tensor,
+    out_BTHK: Tensor,
+    lse_BHT: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """One call of the package for the r-th query head of every group, helper kernels included.
+
+    Returns:
+        dq [B, T, H, K]; dk and dv [R, B, T, G, K], to be summed over R.
+    """
+    R = q_BTHK.shape[2] // k_BTGK.shape[2]
+    dq = q_BTHK.new_empty(q_BTHK.shape)
+    dk_RBTGK, dv_RBTGK = (t.new_empty((R, *t.shape)) for t in (k_BTGK, v_BTGK))
+    for r in range(R):
+        q, grad, out, member = (t[:, :, r::R] for t in (q_BTHK, grad_BTHK, out_BTHK, dq))
+        flash4.interface()._flash_attn_bwd(
+            q, k_BTGK, v_BTGK, out, grad, lse_BHT[:, r::R], causal=True,
+            dq=member, dk=dk_RBTGK[r], dv=dv_RBTGK[r],
+        )  # fmt: skip
+    return dq, dk_RBTGK, dv_RBTGK
+
+
+def backward_chains(
+    qkv_BTW: Tensor, gain_H: Tensor, kv_heads: int, cos: Tensor, sin: Tensor, grad_BTHK: Tensor
+) -> dict[str, Callable[[], tuple[Tensor | None, ...]]]:
+    """XSA's, attention's and the heads' backward pass of one layer, by name.
+
+    `package` lets the package's helper kernels run between them; `handed over` is the model's way.
+    Each gives the gradients at qkv, the value embedding (None) and the gains.
+    """
+    of_heads = (qkv_BTW, gain_H, cos, sin, None)
+    q, k, v = fused_heads(qkv_BTW, None, gain_H, kv_heads, cos, sin, None)
+    out, lse = flash4.flash_attention(q, k, v)
+
+    def through_the_package() -> tuple[Tensor | None, ...]:
+        d_out, dv_own = pass_ops.exclude_self_backward(grad_BTHK, out, v)
+        dq, dk, dv = by_member(d_out, q, k, v, out, lse)
+        return fused_heads_backward((dq, dk, dv, dv_own), of_heads, has_embed=False)[:3]
+
+    def handed_over() -> tuple[Tensor | None, ...]:
+        saved = (*of_heads, q, k, v, out, lse)
+        return heads_flash4.attend_backward(grad_BTHK, saved, has_embed=False)[:3]
+
+    return {"package": through_the_package, "handed over": handed_over}

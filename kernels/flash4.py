@@ -3,15 +3,16 @@
 The kernels are those of the PyPI package flash-attn-4 (CuTe DSL), which compiles them on first use
 in a few seconds. They are called below the package's own autograd function, which hides neither
 its output's shape nor its branches from torch.compile; those entry points are private, so one
-version of the package is asked for.
+version of the package is asked for: `_flash_attn_fwd` and `_flash_attn_bwd` here, and in
+`backward_kernel` and below what the latter calls.
 
 Its backward pass adds dQ, and dK and dV of a group, in float32 in no fixed order: gradients differ
 in their last bits from run to run.
 
 `attention` is for any caller; kernels/heads_flash4.py joins the kernels to the head passes.
 
-Letters: B windows, T positions, H query heads, G key/value heads, K head size, R = H/G members of a
-group.
+Letters: B windows, T positions, L positions of whole tiles, H query heads, G key/value heads,
+K head size, R = H/G members of a group.
 """
 
 import importlib
@@ -26,6 +27,11 @@ from kernels.checks import require_hopper_device
 
 VERSION = "4.0.0b36"
 INSTALL = f'pip install "flash-attn-4[cu13]=={VERSION}"'
+
+HEAD_SIZE = 64
+"""Heads whose float32 sums of dQ `kernels.heads_triton.sum_at` can read."""
+TILE = 128
+"""Positions of a tile of the backward pass, for heads of that size."""
 
 
 def attention(q_BTHK: Tensor, k_BTGK: Tensor, v_BTGK: Tensor) -> Tensor:
@@ -160,49 +166,157 @@ def _(
     return dq, dk, dv
 
 
-@torch.library.custom_op("fairway::flash_attention_backward_by_member", mutates_args=())
-def flash_attention_backward_by_member(
+@torch.library.custom_op("fairway::flash_attention_backward_sums", mutates_args=())
+def flash_attention_backward_sums(
     grad_BTHK: Tensor,
     q_BTHK: Tensor,
     k_BTGK: Tensor,
     v_BTGK: Tensor,
-    out_BTHK: Tensor,
-    lse_BHT: Tensor,
+    row_sums_BHL: Tensor,
+    lse2_BHL: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradient at q; those at k and v apart, [R, B, T, G, K] to be summed over R; contiguous.
+    """The main kernel of the backward pass alone, between the caller's own passes.
 
     One call for the r-th query head of every group. No two query heads of a call share a key head,
-    so the kernels write dK and dV once, in bfloat16, where a call for all clears, adds to and
-    converts float32 sums. Every member's gradient is rounded on its own. Raises as `attention`.
+    so the kernel writes dK and dV once, in bfloat16, where a call for all clears, adds to and
+    converts float32 sums. Every member's gradient is rounded on its own.
+
+    Args:
+        grad_BTHK: gradient at the output, as q.
+        q_BTHK, k_BTGK, v_BTGK: as `attention` takes them, with heads of HEAD_SIZE.
+        row_sums_BHL: float32, the sum over K of output times gradient; L is `padded(T)`, and
+            positions past T hold 0.
+        lse2_BHL: float32, the base-2 logarithm of each row's sum; infinite past T.
+
+    Returns:
+        Float32 sums [B, H, L K], which times 1/sqrt(K) are the gradient at q; where which element
+        lies says `kernels.heads_triton.sum_at`. Then the gradients at k and v, bfloat16
+        [R, B, T, G, K], to be summed over R.
+
+    Raises:
+        ValueError, RuntimeError: as `attention`; or heads of another size, or rows' numbers that do
+            not fit.
     """
-    check_heads(q=q_BTHK, k=k_BTGK, v=v_BTGK, grad=grad_BTHK, out=out_BTHK)
-    R = q_BTHK.shape[2] // k_BTGK.shape[2]
-    dq = q_BTHK.new_empty(q_BTHK.shape)
+    check_heads(q=q_BTHK, k=k_BTGK, v=v_BTGK, grad=grad_BTHK)
+    check_sums(q_BTHK, row_sums=row_sums_BHL, lse2=lse2_BHL)
+    B, _, H, K = q_BTHK.shape
+    R = H // k_BTGK.shape[2]
     dk_RBTGK, dv_RBTGK = (t.new_empty((R, *t.shape)) for t in (k_BTGK, v_BTGK))
+    dq_sums = torch.zeros(
+        (B, H, row_sums_BHL.shape[2] * K), dtype=torch.float32, device=q_BTHK.device
+    )
     with torch.cuda.device_of(q_BTHK):
         for r in range(R):
-            # Every R-th head is read and written where it lies, not copied: heads of a multiple of
-            # 16 bytes stay aligned. Only lse, if 4 does not divide T, is copied by the package.
-            q, grad, out, member = (t[:, :, r::R] for t in (q_BTHK, grad_BTHK, out_BTHK, dq))
-            interface()._flash_attn_bwd(
-                q, k_BTGK, v_BTGK, out, grad, lse_BHT[:, r::R], causal=True,
-                dq=member, dk=dk_RBTGK[r], dv=dv_RBTGK[r],
-            )  # fmt: skip
-    return dq, dk_RBTGK, dv_RBTGK
+            # Every R-th head is read and written where it lies: all keep multiples of 16 bytes.
+            q, grad = (t[:, :, r::R] for t in (q_BTHK, grad_BTHK))
+            lse2, row_sums, sums = (t[:, r::R] for t in (lse2_BHL, row_sums_BHL, dq_sums))
+            backward_kernel(q, k_BTGK, v_BTGK, grad, lse2, row_sums, sums, dk_RBTGK[r], dv_RBTGK[r])
+    return dq_sums, dk_RBTGK, dv_RBTGK
 
 
-@flash_attention_backward_by_member.register_fake
+@flash_attention_backward_sums.register_fake
 def _(
     grad_BTHK: Tensor,
     q_BTHK: Tensor,
     k_BTGK: Tensor,
     v_BTGK: Tensor,
-    out_BTHK: Tensor,
-    lse_BHT: Tensor,
+    row_sums_BHL: Tensor,
+    lse2_BHL: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    R = q_BTHK.shape[2] // k_BTGK.shape[2]
+    B, _, H, K = q_BTHK.shape
+    R = H // k_BTGK.shape[2]
     dk_RBTGK, dv_RBTGK = (t.new_empty((R, *t.shape)) for t in (k_BTGK, v_BTGK))
-    return q_BTHK.new_empty(q_BTHK.shape), dk_RBTGK, dv_RBTGK
+    shape = (B, H, row_sums_BHL.shape[2] * K)
+    return q_BTHK.new_empty(shape, dtype=torch.float32), dk_RBTGK, dv_RBTGK
+
+
+def padded(length: int) -> int:
+    """Positions of whole tiles that hold `length` of them."""
+    return -(-length // TILE) * TILE
+
+
+def check_sums(q_BTHK: Tensor, **rows_BHL: Tensor) -> None:
+    """What `flash_attention_backward_sums` asks beyond `check_heads`. Raises ValueError."""
+    B, T, H, K = q_BTHK.shape
+    if K != HEAD_SIZE:
+        raise ValueError(
+            f"attention 'flash4' between fused passes takes heads of {HEAD_SIZE}, not {K}: choose "
+            "passes 'reference', or attention 'cudnn'"
+        )
+    for name, rows in rows_BHL.items():
+        if rows.shape != (B, H, padded(T)) or rows.dtype != torch.float32:
+            raise ValueError(
+                f"{name} {tuple(rows.shape)} {rows.dtype} must be float32 {(B, H, padded(T))}"
+            )
+        if rows.device != q_BTHK.device or not rows.is_contiguous():
+            raise ValueError(f"{name} must be contiguous and on {q_BTHK.device}")
+
+
+def backward_kernel(q: Tensor, *tensors: Tensor) -> None:
+    """Run the package's main kernel on as many query heads as key heads.
+
+    `_flash_attn_bwd` wraps it in two more: one before it makes the rows' numbers and clears the
+    sums, one after it converts them. What is passed here is what it passes for this case.
+
+    Args:
+        q: [B, T, G, K].
+        tensors: k, v, the gradient, the rows' logarithms and sums [B, G, L], and what is written:
+            sums [B, G, L K], cleared before, and the gradients at k and v.
+    """
+    package = interface()
+    scale = q.shape[3] ** -0.5
+    # The package compiles a case of its own where one tile holds all positions.
+    key = (q.shape[3], q.shape[1] <= TILE)
+    kernels = _backward_kernels()
+    if key not in kernels:
+        cute = package.cute
+        kernels[key] = cute.compile(
+            _backward_object(package, q.shape[3]),
+            *(package.to_cute_tensor(t) for t in (q, *tensors)),
+            scale,
+            *[None] * 9,
+            package.AuxData(None, None),
+            None,
+            None,
+            cute.runtime.make_fake_stream(use_tvm_ffi_env_stream=True),
+            options="--enable-tvm-ffi",
+        )
+    kernels[key](q, *tensors, scale, *[None] * 9, package.AuxData(None, None), None, None)
+
+
+@cache
+def _backward_kernels() -> Any:
+    """Compiled kernels by key: the package's kind of cache, on disk if it is told to keep one."""
+    return interface().get_jit_cache("fairway_bwd")
+
+
+def _backward_object(package: Any, head_size: int) -> Any:
+    """The kernel as the package sets it up for causal attention on Hopper."""
+    chosen = package._tile_size_bwd_sm90(head_size, head_size, True, False)
+    assert (chosen.m_block_size, chosen.n_block_size, chosen.AtomLayoutMdQ) == (TILE, TILE, 2)
+    return package.FlashAttentionBackwardSm90(
+        package.torch2cute_dtype_map[torch.bfloat16],
+        head_size,
+        head_size,
+        1,
+        True,
+        is_local=False,
+        deterministic=False,
+        tile_m=chosen.m_block_size,
+        tile_n=chosen.n_block_size,
+        Q_stage=chosen.num_stages_Q,
+        dO_stage=chosen.num_stages_dO,
+        PdS_stage=chosen.num_stages_PdS,
+        SdP_swapAB=chosen.SdP_swapAB,
+        dKV_swapAB=chosen.dKV_swapAB,
+        dQ_swapAB=chosen.dQ_swapAB,
+        AtomLayoutMSdP=chosen.AtomLayoutMSdP,
+        AtomLayoutNdKV=chosen.AtomLayoutNdKV,
+        AtomLayoutMdQ=chosen.AtomLayoutMdQ,
+        num_threads=(chosen.num_wg + 1) * 128,
+        V_in_regs=False,
+        dQ_single_wg=chosen.dQ_single_wg,
+    )
 
 
 def _save(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, Tensor]) -> None:

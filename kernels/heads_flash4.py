@@ -1,8 +1,9 @@
-"""Head passes and FlashAttention for Hopper as one differentiable function.
+"""Head passes, FlashAttention for Hopper and XSA as one differentiable function.
 
-The R query heads of a group each send their key/value head a gradient. Attention's backward pass
-leaves the R apart, which spares it float32 sums in memory, and the head pass adds them as it reads
-them. Between two functions autograd would add them in a pass of its own.
+The backward passes hand each other what the package's helper kernels would make in passes of their
+own. XSA's leaves the two numbers of every row that attention's asks for. Attention's leaves dQ as
+float32 sums in its own order, and the gradients that the R query heads of a group each send their
+key/value head apart; the head pass reads both as they lie.
 
 Letters: B windows, T positions, H query heads, G key/value heads, K head size, W joint width,
 R = H/G.
@@ -25,18 +26,19 @@ def attend(
     cos: Tensor,
     sin: Tensor,
     scale_BT: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    """Causal attention [B, T, H, K] between the heads of `qkv`, and the values [B, T, G, K].
+) -> Tensor:
+    """Causal attention [B, T, H, K] between the heads of `qkv`, without its own values.
 
-    `kernels.passes.split_heads` followed by `kernels.flash4.attention`, gradients too; arguments,
-    bfloat16 on a Hopper GPU, and errors are theirs.
+    `split_heads` of kernels/passes.py, `kernels.flash4.attention`, then `exclude_self`, gradients
+    too; arguments, bfloat16 on a Hopper GPU with heads of `flash4.HEAD_SIZE`, and errors are
+    theirs. The scale gets no gradient, as there.
     """
     value_embed = None if value_embed is None else value_embed.contiguous()
     return _Attend.apply(qkv_BTW.contiguous(), value_embed, gain_H, kv_heads, cos, sin, scale_BT)
 
 
 class _Attend(torch.autograd.Function):
-    """Both operators, each way."""
+    """The operators, each way."""
 
     @staticmethod
     def forward(
@@ -48,16 +50,37 @@ class _Attend(torch.autograd.Function):
         cos: Tensor,
         sin: Tensor,
         scale_BT: Tensor | None,
-    ) -> tuple[Tensor, Tensor]:
+    ) -> Tensor:
+        from kernels import pass_ops
+
         q, k, v = fused_heads(qkv, value_embed, gain_H, kv_heads, cos, sin, scale_BT)
         out, lse = flash4.flash_attention(q, k, v)
         ctx.save_for_backward(qkv, gain_H, cos, sin, scale_BT, q, k, v, out, lse)
         ctx.has_embed = value_embed is not None
-        return out, v
+        return pass_ops.exclude_self(out, v)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        of_heads, attended = ctx.saved_tensors[:5], ctx.saved_tensors[5:]
-        d_out, dv_more = (g.contiguous() for g in grads)
-        dq, dk, dv = flash4.flash_attention_backward_by_member(d_out, *attended)
-        return fused_heads_backward((dq, dk, dv, dv_more), of_heads, ctx.has_embed)
+        return attend_backward(grads[0].contiguous(), ctx.saved_tensors, ctx.has_embed)
+
+
+def attend_backward(
+    grad_BTHK: Tensor, saved: tuple[Any, ...], has_embed: bool
+) -> tuple[Tensor | None, ...]:
+    """Gradients at the arguments of `attend`.
+
+    Args:
+        grad_BTHK: gradient at its result.
+        saved: qkv, gain_H, cos, sin, the scale or None; q, k, v, attention's output and the
+            logarithms of its rows' sums.
+        has_embed: whether there was an embedding of the values.
+    """
+    from kernels import pass_ops
+
+    q, k, v, out, lse = saved[5:]
+    d_out, dv_own, row_sums, lse2 = pass_ops.exclude_self_backward_numbers(
+        grad_BTHK, out, v, lse, flash4.padded(q.shape[1])
+    )
+    dq_sums, dk, dv = flash4.flash_attention_backward_sums(d_out, q, k, v, row_sums, lse2)
+    grads = (dq_sums, dk, dv, dv_own)
+    return fused_heads_backward(grads, saved[:5], has_embed, q.shape[3] ** -0.5)

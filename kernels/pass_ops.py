@@ -197,8 +197,12 @@ def split_heads_backward(
     sin: Tensor,
     scale_BT: Tensor | None,
     embed_apart: bool,
+    dq_factor: float | None,
 ) -> list[Tensor]:
     """Gradient at qkv, [B, T, W], and partial sums [P, H] of that at the gains.
+
+    `dq` is [B, T, H, K] or, with a `dq_factor` by which they are to be multiplied, the float32 sums
+    of `kernels.flash4.flash_attention_backward_sums`.
 
     `dk` and `dv` are [B, T, G, K], or as many of them to be added, [parts, B, T, G, K]. With
     `embed_apart` the gradient at the value embedding, [B, T, G K], comes third; without a scale it
@@ -213,7 +217,17 @@ def split_heads_backward(
     if dk.shape != dv.shape:
         raise ValueError(f"dk {tuple(dk.shape)} and dv {tuple(dv.shape)} must be of one shape")
     return heads_triton.split_heads_backward(
-        dq, dk, dv, dv_more, qkv, gain_H, cos, sin, scale_BT=scale_BT, embed_apart=embed_apart
+        dq,
+        dk,
+        dv,
+        dv_more,
+        qkv,
+        gain_H,
+        cos,
+        sin,
+        scale_BT=scale_BT,
+        embed_apart=embed_apart,
+        dq_factor=dq_factor,
     )
 
 
@@ -229,6 +243,7 @@ def _(
     sin: Tensor,
     scale_BT: Tensor | None,
     embed_apart: bool,
+    dq_factor: float | None,
 ) -> list[Tensor]:
     programs = HEADS_SUMMING_BLOCK.count(qkv.shape[0] * qkv.shape[1])
     sums = qkv.new_empty((programs, len(gain_H)), dtype=torch.float32)
@@ -269,6 +284,28 @@ def exclude_self_backward(
 @exclude_self_backward.register_fake
 def _(grad_BTHK: Tensor, y_BTHK: Tensor, v_BTGK: Tensor) -> tuple[Tensor, Tensor]:
     return torch.empty_like(y_BTHK), v_BTGK.new_empty(v_BTGK.shape)
+
+
+@torch.library.custom_op("fairway::exclude_self_backward_numbers", mutates_args=())
+def exclude_self_backward_numbers(
+    grad_BTHK: Tensor, y_BTHK: Tensor, v_BTGK: Tensor, lse_BHT: Tensor, padded: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients at y and v, and what flash4's backward pass asks of every row.
+
+    See `kernels.heads_triton.exclude_self_backward_numbers`.
+    """
+    check_cuda_tensors(grad=grad_BTHK, y=y_BTHK, lse=lse_BHT)
+    check_rows(v=v_BTGK)
+    return heads_triton.exclude_self_backward_numbers(grad_BTHK, y_BTHK, v_BTGK, lse_BHT, padded)
+
+
+@exclude_self_backward_numbers.register_fake
+def _(
+    grad_BTHK: Tensor, y_BTHK: Tensor, v_BTGK: Tensor, lse_BHT: Tensor, padded: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    B, _, H, _ = y_BTHK.shape
+    row_sums, lse2 = (lse_BHT.new_empty((B, H, padded)) for _ in range(2))
+    return torch.empty_like(y_BTHK), v_BTGK.new_empty(v_BTGK.shape), row_sums, lse2
 
 
 def _check_scale(scale_BT: Tensor | None, qkv: Tensor) -> None:

@@ -130,7 +130,10 @@ def fused_heads(
 
 
 def fused_heads_backward(
-    grads: tuple[Tensor, Tensor, Tensor, Tensor], saved: tuple[Any, ...], has_embed: bool
+    grads: tuple[Tensor, Tensor, Tensor, Tensor],
+    saved: tuple[Any, ...],
+    has_embed: bool,
+    dq_factor: float | None = None,
 ) -> tuple[Tensor | None, ...]:
     """Gradients at the arguments of `fused_heads`.
 
@@ -138,11 +141,12 @@ def fused_heads_backward(
         grads: dq, dk, dv and another dv, as `pass_ops.split_heads_backward` takes them.
         saved: qkv, gain_H, cos, sin and the scale, or None.
         has_embed: whether there was an embedding of the values.
+        dq_factor: of flash4's sums, where dq is that.
     """
     from kernels import pass_ops
 
     apart = has_embed and saved[4] is not None
-    dqkv, sums_PH, *more = pass_ops.split_heads_backward(*grads, *saved, apart)
+    dqkv, sums_PH, *more = pass_ops.split_heads_backward(*grads, *saved, apart, dq_factor)
     dv = grads[2]
     columns = more[0] if apart else dqkv[..., -dv.shape[-2] * dv.shape[-1] :]
     d_embed = columns if has_embed else None

@@ -1,6 +1,7 @@
 """A stand-in for the package behind attention `flash4`, in plain PyTorch on any device.
 
-Letters: B windows, T positions, H query heads, G key/value heads, K head size.
+Letters: B windows, T positions, L positions of whole tiles, H query heads, G key/value heads,
+K head size.
 """
 
 import math
@@ -23,8 +24,24 @@ def replacements() -> dict[str, Any]:
     return {
         "interface": lambda: package,
         "check_heads": lambda **_: None,
+        "check_sums": lambda *_, **__: None,
         "require_hopper": lambda _: None,
+        "backward_kernel": _main_kernel,
     }
+
+
+def sums_of(dq_BTHK: Tensor, length: int) -> Tensor:
+    """The float32 sums [B, H, L K] that are `dq_BTHK` in flash4's order, with zeros elsewhere."""
+    from kernels.heads_triton import sum_at
+
+    B, T, H, K = dq_BTHK.shape
+    b, t, h, d = (
+        torch.arange(n, device=dq_BTHK.device).view([-1 if i == n_dim else 1 for i in range(4)])
+        for n_dim, n in enumerate((B, T, H, K))
+    )
+    sums = torch.zeros(B, H, length * K, dtype=torch.float32, device=dq_BTHK.device)
+    sums.view(-1)[sum_at.fn(b, t, h, d, H, length, K)] = dq_BTHK.float()
+    return sums
 
 
 def _scores(q: Tensor, k: Tensor) -> Tensor:
@@ -49,14 +66,39 @@ def _backward(
     q: Tensor, k: Tensor, v: Tensor, out: Tensor, grad: Tensor, lse: Tensor,
     *, causal: bool, dq: Tensor, dk: Tensor, dv: Tensor,
 ) -> None:  # fmt: skip
-    """Writes dq, dk and dv by the formulas, without autograd."""
+    """Writes dq, dk and dv."""
     assert causal
+    row_sums = (grad * out).sum(-1).transpose(1, 2)
+    for to, found in zip((dq, dk, dv), _gradients(q, k, v, grad, lse, row_sums), strict=True):
+        to.copy_(found)
+
+
+def _main_kernel(
+    q: Tensor, k: Tensor, v: Tensor, grad: Tensor, lse2: Tensor, row_sums: Tensor, sums: Tensor,
+    dk: Tensor, dv: Tensor,
+) -> None:  # fmt: skip
+    """Adds to the sums, writes dk and dv; rows past the last position must count for nothing."""
+    length, size = q.shape[1], q.shape[3]
+    assert (row_sums[..., length:] == 0).all()
+    assert (lse2[..., length:] == math.inf).all()
+    lse = lse2[..., :length] * math.log(2)
+    found = _gradients(q, k, v, grad, lse, row_sums[..., :length])
+    sums += sums_of(found[0] * math.sqrt(size), lse2.shape[2])
+    for to, gradient in zip((dk, dv), found[1:], strict=True):
+        to.copy_(gradient)
+
+
+def _gradients(
+    q: Tensor, k: Tensor, v: Tensor, grad: Tensor, lse: Tensor, row_sums: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """At q, k and v by the formulas, without autograd; the rows' numbers are [B, H, T]."""
     members, scale = q.shape[2] // k.shape[2], q.shape[3] ** -0.5
     k_all, v_all = (t.repeat_interleave(members, dim=2) for t in (k, v))
     p = (_scores(q, k) - lse.unsqueeze(-1)).exp()
     dp = torch.einsum("bthk,bshk->bhts", grad, v_all)
-    ds = scale * p * (dp - (grad * out).sum(-1).transpose(1, 2).unsqueeze(-1))
-    dq.copy_(torch.einsum("bhts,bshk->bthk", ds, k_all))
-    for to, weights, rows in ((dk, ds, q), (dv, p, grad)):
-        each = torch.einsum("bhts,bthk->bshk", weights, rows)
-        to.copy_(each.unflatten(2, (-1, members)).sum(3))
+    ds = scale * p * (dp - row_sums.unsqueeze(-1))
+    dk, dv = (
+        torch.einsum("bhts,bthk->bshk", weights, rows).unflatten(2, (-1, members)).sum(3)
+        for weights, rows in ((ds, q), (p, grad))
+    )
+    return torch.einsum("bhts,bshk->bthk", ds, k_all), dk, dv

@@ -1,11 +1,12 @@
 """Claims about attention `flash4`: what it computes on a GPU, and what it says where it cannot.
 
-Letters: B windows, T positions, H query heads, G key/value heads, K head size.
+Letters: B windows, T positions, L positions of whole tiles, H query heads, G key/value heads,
+K head size.
 """
 
+import math
 from dataclasses import replace
 from functools import partial
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,7 +16,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from kernels import flash4, heads_flash4, reference
+from bench.flash4_variants import backward_chains, by_member
+from kernels import flash4, heads_flash4, heads_triton, pass_ops, reference
 from trainer.config import ModelConfig
 from trainer.errors import ConfigError
 from trainer.layers import causal_attention, rotary_tables
@@ -84,24 +86,24 @@ def test_flash4_equals_the_definition(length: int, heads: tuple[int, int]) -> No
 
 def _heads_then_attention(
     qkv: Tensor, value_embed: Tensor, gain: Tensor, *rest: Any, embed: bool
-) -> tuple[Tensor, Tensor]:
+) -> Tensor:
     """The definition of `heads_flash4.attend`, in the type of the arguments."""
     chosen = value_embed if embed else None
     q, k, v = reference.split_heads(qkv, chosen, gain, *rest)
-    return plain_attention(q, k, v), v
+    return reference.exclude_self(plain_attention(q, k, v), v)
 
 
 @pytest.mark.hopper
 @pytest.mark.usefixtures("_installed")
-@pytest.mark.parametrize("embed", [False, True])
+@pytest.mark.parametrize(("embed", "scaled"), [(False, False), (True, False), (True, True)])
 @pytest.mark.parametrize(
     ("length", "heads"),
     [(60, (8, 4)), (127, (8, 4)), (128, (8, 4)), (2048, (8, 4)), (500, (4, 4)), (500, (8, 2))],
 )
 def test_heads_and_flash4_equal_their_definition(
-    length: int, heads: tuple[int, int], embed: bool
+    length: int, heads: tuple[int, int], embed: bool, scaled: bool
 ) -> None:
-    """Output, values and gradients lie within the budget of plain bfloat16 against float32.
+    """Output and gradients lie within the budget of plain bfloat16 against float64.
 
     The gradient at the joint projection is checked for queries, keys and values apart. That at the
     gains is a sum that nearly cancels, of which bfloat16 leaves little to compare: it is held to
@@ -111,25 +113,149 @@ def test_heads_and_flash4_equal_their_definition(
     qkv = torch.randn(B, length, (H + 2 * G) * K, device="cuda").to(BF16)
     value_embed = torch.randn(B, length, G * K, device="cuda").to(BF16)
     gain = torch.rand(H, device="cuda") + 0.5
-    grads = [torch.randn(B, length, n, K, device="cuda").to(BF16) for n in heads]
+    scale = torch.rand(B, length, device="cuda") + 0.5 if scaled else None
+    grad = torch.randn(B, length, H, K, device="cuda").to(BF16)
     cos, sin = (t[:length].contiguous().cuda() for t in rotary_tables(ModelConfig()))
 
     def run(attend: Any, dtype: torch.dtype) -> list[Tensor]:
         leaves = [t.detach().to(dtype).requires_grad_() for t in (qkv, value_embed)]
-        outputs = attend(*leaves, gain.requires_grad_(), G, cos, sin)
+        output = attend(*leaves, gain.requires_grad_(), G, cos, sin, scale)
         used = leaves if embed else leaves[:1]
-        d_qkv, *more = torch.autograd.grad(outputs, used, [g.to(dtype) for g in grads])
+        d_qkv, *more = torch.autograd.grad(output, used, grad.to(dtype))
         parts = d_qkv.split([H * K, G * K, G * K], dim=-1)
-        return [*(t.detach() for t in outputs), *parts, *more]
+        return [output.detach(), *parts, *more]
 
-    def fused(qkv: Tensor, value_embed: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    def fused(qkv: Tensor, value_embed: Tensor, *rest: Any) -> Tensor:
         return heads_flash4.attend(qkv, value_embed if embed else None, *rest)
 
     plain = partial(_heads_then_attention, embed=embed)
-    names = ("out", "v", "dq", "dk", "dv", *(["d_embed"] if embed else []))
-    found = (run(fused, BF16), run(plain, BF16), run(plain, torch.float32))
+    names = ("out", "dq", "dk", "dv", *(["d_embed"] if embed else []))
+    found = (run(fused, BF16), run(plain, BF16), run(plain, torch.float64))
     for name, a, p, e in zip(names, *found, strict=True):
         check(f"heads and flash4 {name}", relative_error(a, e), kernel_budget(p, e, BF16))
+
+
+def _of_one_layer(length: int, heads: tuple[int, int]) -> tuple[Any, ...]:
+    """A gradient after XSA, then q, k, v, attention's output and logarithms, on a GPU."""
+    (q, k, v), grad = _inputs(2, length, heads, 64, "cuda")
+    return grad, q, k, v, *flash4.flash_attention(q, k, v)
+
+
+@pytest.mark.hopper
+@pytest.mark.usefixtures("_installed")
+@pytest.mark.parametrize("length", [1, 100, 128, 500])
+def test_the_rows_numbers_are_the_packages(length: int) -> None:
+    """XSA's backward pass writes what the package's kernel before the main one writes.
+
+    Logarithms to the bit; sums of K products within the roundings of both.
+    """
+    grad, _, _, v, out, lse = _of_one_layer(length, (8, 4))
+    d_out, _, row_sums, lse2 = pass_ops.exclude_self_backward_numbers(
+        grad, out, v, lse, flash4.padded(length)
+    )
+    package = flash4.interface()
+    their_sums, their_lse2 = torch.full_like(row_sums, 7.0), torch.full_like(lse2, 7.0)
+    package._bwd_preprocess(
+        out, d_out, their_sums, lse, their_lse2, None, None, None, None,
+        package.torch2cute_dtype_map[BF16], 64, 64, flash4.TILE, fake_mode=False,
+    )  # fmt: skip
+    assert torch.equal(lse2, their_lse2)
+    assert row_sums[..., length:].eq(0).all()
+    assert their_sums[..., length:].eq(0).all()
+    sizes = (out.double() * d_out.double()).abs().sum(-1).transpose(1, 2)
+    error = ((row_sums - their_sums)[..., :length].abs() / sizes).max().item()
+    check("row sums", error, 2 * rounding_budget(64, torch.float32))
+
+
+@pytest.mark.hopper
+@pytest.mark.usefixtures("_installed")
+@pytest.mark.parametrize("length", [1, 100, 128, 500])
+def test_the_sums_lie_where_the_package_reads_them(length: int) -> None:
+    """The package's kernel after the main one makes of sums in our order what they stand for."""
+    dq = torch.randn(2, length, 4, 64, device="cuda")
+    sums = flash4_stand_in.sums_of(dq, flash4.padded(length))
+    package, theirs = flash4.interface(), torch.empty_like(dq, dtype=BF16)
+    package._bwd_postprocess_convert(
+        sums, theirs, 0.125, None, None, 90, package.torch2cute_dtype_map[BF16], 64, flash4.TILE,
+        256, 2, False, fake_mode=False,
+    )  # fmt: skip
+    assert torch.equal(theirs, (0.125 * dq).to(BF16))
+
+
+@pytest.mark.hopper
+@pytest.mark.usefixtures("_installed")
+@pytest.mark.parametrize("length", [1, 100, 500, 2048])
+def test_the_main_kernel_alone_equals_the_package(length: int) -> None:
+    """dK and dV, which no order of adding reaches, to the bit; dQ up to that order's rounding.
+
+    Both read the same rows' numbers: the package's own.
+    """
+    grad, q, k, v, out, lse = _of_one_layer(length, (8, 4))
+    L, package = flash4.padded(length), flash4.interface()
+    row_sums, lse2 = (torch.empty(2, 8, L, device="cuda") for _ in range(2))
+    package._bwd_preprocess(
+        out, grad, row_sums, lse, lse2, None, None, None, None,
+        package.torch2cute_dtype_map[BF16], 64, 64, flash4.TILE, fake_mode=False,
+    )  # fmt: skip
+    sums, dk, dv = flash4.flash_attention_backward_sums(grad, q, k, v, row_sums, lse2)
+    their_dq, their_dk, their_dv = by_member(grad, q, k, v, out, lse)
+    assert torch.equal(dk, their_dk)
+    assert torch.equal(dv, their_dv)
+    dq = torch.empty_like(q)
+    package._bwd_postprocess_convert(
+        sums, dq, 0.125, None, None, 90, package.torch2cute_dtype_map[BF16], 64, flash4.TILE,
+        256, 2, False, fake_mode=False,
+    )  # fmt: skip
+    check("dq", relative_error(dq, their_dq), 2 * rounding_budget(1, BF16))
+
+
+@pytest.mark.hopper
+@pytest.mark.parametrize("length", [1, 100, 128, 2048])
+def test_the_head_pass_reads_the_sums(length: int) -> None:
+    """From flash4's sums the head pass makes what it makes of dq itself, to one rounding."""
+    B, H, G, K = 2, 8, 4, 64
+    dq = torch.randn(B, length, H, K, device="cuda")
+    dk, dv, qkv = (
+        torch.randn(shape, device="cuda").to(BF16)
+        for shape in ((2, B, length, G, K), (2, B, length, G, K), (B, length, (H + 2 * G) * K))
+    )
+    tables = (t[:length].contiguous().cuda() for t in rotary_tables(ModelConfig()))
+    rest = (dk, dv, dv[0], qkv, torch.rand(H, device="cuda") + 0.5, *tables, None, False)
+    wanted, wanted_gains = pass_ops.split_heads_backward(dq, *rest, None)
+    sums = flash4_stand_in.sums_of(8 * dq, flash4.padded(length))
+    found, gains = pass_ops.split_heads_backward(sums, *rest, 0.125)
+    check("dqkv", relative_error(found, wanted), rounding_budget(1, BF16))
+    terms = B * length * K
+    size = dq.abs().sum().item() * K**0.5
+    error = (gains.sum(0) - wanted_gains.sum(0)).abs().max().item()
+    check("dgain", error, 2 * rounding_budget(2 * terms, torch.float32) * size)
+
+
+@pytest.mark.hopper
+@pytest.mark.usefixtures("_installed")
+@pytest.mark.parametrize("length", [100, 500, 2048])
+def test_handed_over_gradients_equal_those_through_the_package(length: int) -> None:
+    """Against float64 the joint gradient errs at most as much as through the helper kernels.
+
+    One rounding is allowed for; dQ has one fewer, and the order of adding differs.
+    """
+    (H, G), K = (8, 4), 64
+    qkv = torch.randn(2, length, (H + 2 * G) * K, device="cuda").to(BF16)
+    gain = torch.rand(H, device="cuda") + 0.5
+    grad = torch.randn(2, length, H, K, device="cuda").to(BF16)
+    cos, sin = (t[:length].contiguous().cuda() for t in rotary_tables(ModelConfig()))
+    leaf = qkv.double().requires_grad_()
+    q, k, v = reference.split_heads(leaf, None, gain, G, cos, sin)
+    output = reference.exclude_self(plain_attention(q, k, v), v)
+    (exact,) = torch.autograd.grad(output, leaf, grad.double())
+    ways = backward_chains(qkv, gain, G, cos, sin, grad)
+    old, new = ways["package"]()[0], ways["handed over"]()[0]
+    assert old is not None
+    assert new is not None
+    parts = (t.split([H * K, G * K, G * K], dim=-1) for t in (old, new, exact))
+    for name, o, n, e in zip(("dq", "dk", "dv"), *parts, strict=True):
+        allowed = relative_error(o, e) + rounding_budget(1, BF16)
+        check(f"handed over {name}", relative_error(n, e), allowed)
 
 
 @pytest.mark.hopper
@@ -182,8 +308,16 @@ def test_operators_keep_what_they_promise_the_compiler(strided: bool) -> None:
     torch.library.opcheck(flash4.flash_attention, arguments)
     plain = tuple(t.detach() for t in arguments)
     out, lse = flash4.flash_attention(*plain)
-    backward = (torch.randn_like(out), *plain, out, lse)
-    torch.library.opcheck(flash4.flash_attention_backward_by_member, backward)
+    grad = torch.randn_like(out)
+    backward = (grad, *plain, *_numbers(grad, out, lse))
+    torch.library.opcheck(flash4.flash_attention_backward_sums, backward)
+
+
+def _numbers(grad: Tensor, out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
+    """Sums of output times gradient and logarithms to base 2 of every row, [B, H, L]."""
+    more = (0, flash4.padded(lse.shape[2]) - lse.shape[2])
+    row_sums = F.pad((grad * out).sum(-1).transpose(1, 2), more)
+    return row_sums.contiguous(), F.pad(lse / math.log(2), more, value=math.inf)
 
 
 @pytest.mark.usefixtures("_on_a_cpu")
@@ -202,24 +336,50 @@ def test_members_of_a_group_add_up(heads: tuple[int, int], monkeypatch: pytest.M
     """dq is whole, dk and dv add up over the members; each call reads and writes in place."""
     (q, k, v), grad = _inputs(2, 9, heads, 8, "cpu")
     inputs, grad = tuple(t.float() for t in (q, k, v)), grad.float()
-    out, lse = flash4.flash_attention(*inputs)
-    places = {t.untyped_storage().data_ptr() for t in (*inputs, grad, out, lse)}
-    package, results = flash4.interface(), set()
+    numbers = _numbers(grad, *flash4.flash_attention(*inputs))
+    places = {t.untyped_storage().data_ptr() for t in (*inputs, grad, *numbers)}
+    kernel, results = flash4.backward_kernel, set()
 
-    def backward(*arguments: Tensor, causal: bool, **written: Tensor) -> None:
+    def backward(*arguments: Tensor) -> None:
         assert arguments[0].shape == arguments[1].shape, "as many query heads as keys'"
-        assert {t.untyped_storage().data_ptr() for t in arguments} == places
-        results.update(t.untyped_storage().data_ptr() for t in written.values())
-        package._flash_attn_bwd(*arguments, causal=causal, **written)
+        assert {t.untyped_storage().data_ptr() for t in arguments[:6]} == places
+        results.update(t.untyped_storage().data_ptr() for t in arguments[6:])
+        kernel(*arguments)
 
-    spied = SimpleNamespace(_flash_attn_bwd=backward)
-    monkeypatch.setattr(flash4, "interface", lambda: spied)
-    found = flash4.flash_attention_backward_by_member(grad, *inputs, out, lse)
+    monkeypatch.setattr(flash4, "backward_kernel", backward)
+    found = flash4.flash_attention_backward_sums(grad, *inputs, *numbers)
     assert {t.untyped_storage().data_ptr() for t in found} == results
-    dq, dk, dv = found
+    sums, dk, dv = found
+    dq = sums.view(-1)[_places(q.shape, sums.shape[2] // 8)] * 8**-0.5
     wanted = _step(plain_attention, inputs, grad)[1:]
     for name, a, e in zip(NAMES[1:], (dq, dk.sum(0), dv.sum(0)), wanted, strict=True):
         check(f"by member {name}", relative_error(a, e), rounding_budget(256, torch.float32))
+
+
+def _places(shape: torch.Size, length: int) -> Tensor:
+    """Where the sums [B, H, L K] hold each element of dQ, whose shape [B, T, H, K] is given."""
+    axes = torch.meshgrid(*(torch.arange(n) for n in shape), indexing="ij")
+    return heads_triton.sum_at.fn(*axes, shape[2], length, shape[3])
+
+
+@pytest.mark.parametrize(("heads", "size"), [(1, 64), (3, 64), (2, 32), (1, 8)])
+def test_every_sum_has_a_place_of_its_own(heads: int, size: int) -> None:
+    """Sums fill whole tiles without gaps; 32 bytes hold 4 columns of two positions 8 apart."""
+    places = _places(torch.Size((2, 256, heads, size)), 256)
+    order = places.flatten().argsort()
+    assert torch.equal(places.flatten()[order], torch.arange(places.numel()))
+    axes = torch.meshgrid(*(torch.arange(n) for n in places.shape), indexing="ij")
+    _, t, h, d = (axis.flatten()[order].view(-1, 8) for axis in axes)
+    assert torch.equal(t - t[:, :1], torch.tensor([0, 0, 8, 8, 0, 0, 8, 8]).expand_as(t))
+    assert torch.equal(d - d[:, :1], torch.tensor([0, 1, 0, 1, 2, 3, 2, 3]).expand_as(d))
+    assert h.eq(h[:, :1]).all()
+
+
+@given(length=st.integers(1, 400))
+def test_whole_tiles_hold_all_positions(length: int) -> None:
+    """As few tiles as do."""
+    assert flash4.padded(length) % flash4.TILE == 0
+    assert length <= flash4.padded(length) < length + flash4.TILE
 
 
 HEADS = """
@@ -230,40 +390,54 @@ from verify.tolerance import check, relative_error, rounding_budget
 
 for name, replacement in flash4_stand_in.replacements().items():
     setattr(flash4, name, replacement)
-pass_ops.check_cuda_tensors = lambda **tensors: None  # the interpreter takes CPU tensors
-(h, g, embed), k, (b, t) = map(int, sys.argv[1:]), 8, (2, 5)
+for place in ("check_cuda_tensors", "check_rows"):
+    setattr(pass_ops, place, lambda **tensors: None)  # the interpreter takes CPU tensors
+(h, g, embed, scaled), k, (b, t) = map(int, sys.argv[1:]), 8, (2, 19)
 draw = torch.Generator().manual_seed(0)
 
 def random(*shape):
     return torch.randn(shape, generator=draw)
 
 leaves = [random(b, t, (h + 2 * g) * k), random(h), *([random(b, t, g * k)] if embed else [])]
-angle, grads = random(t, 2), (random(b, t, h, k), random(b, t, g, k))
+angle, grad = random(t, 2), random(b, t, h, k)
+scale = random(b, t).exp() if scaled else None
 
 def plain(*arguments):
     q, k, v = reference.split_heads(*arguments)
-    return flash4_stand_in.plain_attention(q, k, v), v
+    return reference.exclude_self(flash4_stand_in.plain_attention(q, k, v), v)
 
 def run(attend):
     inputs = [x.clone().requires_grad_() for x in leaves]
     qkv, gain, *more = inputs
-    outputs = attend(qkv, more[0] if more else None, gain, g, angle.cos(), angle.sin())
-    return *outputs, *torch.autograd.grad(outputs, inputs, grads)
+    output = attend(qkv, more[0] if more else None, gain, g, angle.cos(), angle.sin(), scale)
+    return output, *torch.autograd.grad(output, inputs, grad)
 
-names = ("out", "v", "dqkv", "dgain", "dembed")[:5 if embed else 4]
+names = ("out", "dqkv", "dgain", "dembed")[:4 if embed else 3]
 for name, a, e in zip(names, run(heads_flash4.attend), run(plain), strict=True):
     check(name, relative_error(a, e), rounding_budget(64 * k * (b * t + h), torch.float32))
 """
 
 
 @pytest.mark.parametrize("heads", [("4", "2"), ("4", "4"), ("4", "1")])
-@pytest.mark.parametrize("embed", ["0", "1"])
-def test_heads_and_attention_join(heads: tuple[str, str], embed: str) -> None:
-    """The joint function, interpreted over the stand-in, equals heads, then attention."""
-    run_interpreted(HEADS, *heads, embed)
+@pytest.mark.parametrize(("embed", "scaled"), [("0", "0"), ("1", "0"), ("1", "1")])
+def test_heads_and_attention_join(heads: tuple[str, str], embed: str, scaled: str) -> None:
+    """The joint function, interpreted over the stand-in, equals heads, attention, then XSA."""
+    run_interpreted(HEADS, *heads, embed, scaled)
 
 
 # What is missing is named.
+
+
+def test_heads_and_rows_that_do_not_fit_are_named() -> None:
+    """Between the fused passes heads have one size, and rows' numbers whole tiles."""
+    with pytest.raises(ValueError, match="heads of 64, not 32"):
+        flash4.check_sums(torch.zeros(1, 3, 2, 32))
+    q = torch.zeros(1, 3, 2, 64)
+    fits = torch.zeros(1, 2, 128)
+    flash4.check_sums(q, lse2=fits)
+    for wrong in (fits[..., :3], fits.double(), torch.zeros(1, 128, 2).transpose(1, 2)):
+        with pytest.raises(ValueError, match=r"lse2 .*must be"):
+            flash4.check_sums(q, lse2=wrong)
 
 
 def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -22,6 +22,7 @@ INTERPRETED = """
 import sys, torch
 from hypothesis import given, settings, strategies as st
 from kernels import heads_triton, reference, residual_triton
+from verify.flash4_stand_in import sums_of
 from kernels.tiles import RowBlock
 from verify.tolerance import check, relative_error, rounding_budget
 
@@ -109,11 +110,18 @@ def heads(seed, b, t, heads, half, embed, scaled, parts, block):
     if embed and scaled:
         compare(("dembed",), d_embed, (value_embed.grad,), 64 * k)
     compare(("dqkv", "dgain"), (dqkv, sums.sum(0)), (qkv.grad, gain.grad), 64 * k * (b * t + h))
+    # The same from float32 sums of four times dq, in flash4's order.
+    again, sums, *_ = heads_triton.split_heads_backward(
+        sums_of(4 * single(dq), 64), dk, dv, single(more), single(qkv), single(gain), cos, sin,
+        RowBlock(2 * block.rows, 4, block.programs), scale_BT=scale, dq_factor=0.25)
+    assert torch.equal(again, dqkv)
+    compare(("dgain",), (sums.sum(0),), (gain.grad,), 64 * k * (b * t + h))
 
 @many
 @given(seed=st.integers(0, 99), b=st.integers(1, 2), t=st.integers(1, 6),
-       heads=st.sampled_from([(4, 2), (2, 2), (4, 1)]), zero=st.booleans(), block=blocks)
-def exclude_self(seed, b, t, heads, zero, block):
+       heads=st.sampled_from([(4, 2), (2, 2), (4, 1)]), zero=st.booleans(),
+       more=st.integers(0, 3), block=blocks)
+def exclude_self(seed, b, t, heads, zero, more, block):
     (h, g), k = heads, 8
     y, v, grad = draw(seed, (b, t, h, k), (b, t, g, k), (b, t, h, k))
     if zero:
@@ -122,7 +130,7 @@ def exclude_self(seed, b, t, heads, zero, block):
     want.backward(grad)
     wide = torch.full((b, t, 5 + g * k), 7.0)  # values are columns of a joint projection
     wide[..., 5:] = single(v).flatten(2)
-    columns = wide[..., 5:].unflatten(-1, (g, k))
+    columns = wide.as_strided((b, t, g, k), (t * (5 + g * k), 5 + g * k, k, 1), 5)
     got = heads_triton.exclude_self(single(y), columns, block)
     dy, dv = heads_triton.exclude_self_backward(single(grad), single(y), columns, block)
     compare(("y", "dy"), (got, dy), (want, y.grad), 16 * k)
@@ -132,6 +140,18 @@ def exclude_self(seed, b, t, heads, zero, block):
     worst = max([0.0, *(1 / v.norm(dim=-1)[there]).tolist()])
     check("dv", relative_error(dv[there], v.grad[there]),
           rounding_budget(64 * k, torch.float32) * max(1.0, worst))
+    # With what flash4 asks of every row: sums of y dy and logarithms to base 2, past the end too.
+    lse = single(draw(seed + 1, (b, h, t))[0])
+    *gradients, row_sums, lse2 = heads_triton.exclude_self_backward_numbers(
+        single(grad), single(y), columns, lse, t + more, block)
+    assert torch.equal(gradients[0], dy) and torch.equal(gradients[1], dv)
+    products = single(y).double() * dy.double()
+    sizes = products.abs().sum(-1).transpose(1, 2)
+    error = (row_sums[..., :t] - products.sum(-1).transpose(1, 2)).abs() / sizes
+    check("row sums", error.max().item(), rounding_budget(k, torch.float32))
+    exact = lse.double() / torch.tensor(2.0, dtype=torch.float64).log()
+    check("lse2", relative_error(lse2[..., :t], exact), rounding_budget(2, torch.float32))
+    assert row_sums[..., t:].eq(0).all() and lse2[..., t:].eq(float("inf")).all()
 
 globals()[sys.argv[2]]()
 """
@@ -191,7 +211,7 @@ def test_gradients_in_parts_are_of_one_shape(monkeypatch: pytest.MonkeyPatch) ->
     with pytest.raises(ValueError, match="must be of one shape"):
         pass_ops.split_heads_backward(
             one, torch.stack((one, one)), one, one, torch.zeros(1, 2, 48), torch.ones(2),
-            table, table, None, False,
+            table, table, None, False, None,
         )  # fmt: skip
 
 
@@ -234,9 +254,13 @@ for n, (a, e) in enumerate(zip(run("triton"), run("reference"), strict=True)):
 arguments = (drawn[0], drawn[2] if len(drawn) == 3 else None, drawn[1], kv,
              angle.cos(), angle.sin(), scale)
 torch.library.opcheck(pass_ops.split_heads, arguments)
+pass_ops.check_rows = pass_ops.check_cuda_tensors
+y, v, grad = (torch.randn(b, t, n, k, generator=g) for n in (h, kv, h))
+torch.library.opcheck(pass_ops.exclude_self_backward_numbers,
+                      (grad, y, v, torch.randn(b, h, t, generator=g), 8))
 dq, dk, dv, more = grads
 torch.library.opcheck(pass_ops.split_heads_backward, (
-    dq, dk, dv, more, drawn[0], drawn[1], angle.cos(), angle.sin(), scale, len(drawn) == 3))
+    dq, dk, dv, more, drawn[0], drawn[1], angle.cos(), angle.sin(), scale, len(drawn) == 3, None))
 """
 
 
