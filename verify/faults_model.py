@@ -246,6 +246,20 @@ FAULTS = [
         _PASSES,
     ),
     Fault(
+        "kernels/heads_triton.py",
+        "flash4's sums of neighbouring positions and of those 8 apart change places",
+        "tl.permute(split, (4, 2, 0, 1, 3, 5))",
+        "tl.permute(split, (2, 4, 0, 1, 3, 5))",
+        _PASSES,
+    ),
+    Fault(
+        "kernels/heads_triton.py",
+        "flash4 is told natural logarithms",
+        "logarithm * LOG2_E",
+        "logarithm",
+        _PASSES,
+    ),
+    Fault(
         "kernels/flash4.py",
         "a member's queries meet another member's gradient",
         "q, grad = (t[:, :, r::R] for",
