@@ -23,9 +23,10 @@ from rich.table import Table
 from torch import Tensor
 
 from bench.stopwatch import Subject, time_interleaved
-from kernels import cutlass, reference, residual_triton
+from kernels import cutlass, heads_cutlass, pass_ops, reference, residual_triton
 from kernels.variants import UP_SCALED_PLAN, VARIANTS, Plan
-from trainer import environment, files
+from trainer import environment, files, layers
+from trainer.config import ModelConfig
 
 DAMP = 0.5
 ORDERS = ((False, 1), (False, 2), (False, 4), (True, 8))
@@ -84,7 +85,18 @@ def cases(arguments: Arguments) -> dict[str, Case]:
     post, signs = cutlass.run_up_scaled(h, w_up, factor, UP_SCALED_PLAN)
     act_grad, _ = cutlass.up_activation(h, w_up)
     dpre = cutlass.dpre(go, w_down, act_grad)
+    shape = ModelConfig(width=d)
+    cos, sin = (table.cuda() for table in layers.rotary_tables(shape))
+    w_qkv = normal(d + 2 * shape.kv_width, d, scale=d**-0.5)
+    heads = (torch.full((shape.query_heads,), 1.5, device="cuda"), shape.kv_heads, cos, sin)
     return {
+        "joint projection": Case(
+            "heads",
+            lambda p: heads_cutlass.run_project_heads(h, w_qkv, factor, None, *heads, plan=p),
+            lambda: F.linear(h, w_qkv),
+            lambda: pass_ops.split_heads(F.linear(h, w_qkv)[None], None, *heads, factor[None]),
+            "product, split_heads",
+        ),
         "out-projection": Case(
             "linear_add",
             lambda p: cutlass.run_linear_add(x, w_out, h, p),

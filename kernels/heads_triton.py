@@ -43,7 +43,7 @@ def sum_at(b, t, h, d, H, L, K):
 
 
 @triton.jit
-def _dq_of_sums(dq, b, t, L, H: tl.constexpr, K: tl.constexpr, HALF: tl.constexpr,
+def dq_of_sums(dq, b, t, L, H: tl.constexpr, K: tl.constexpr, HALF: tl.constexpr,
                 ROWS: tl.constexpr):  # fmt: skip
     """dQ [ROWS, H, K] of positions t, t+1, ... and as many from t+8 on, from flash4's sums.
 
@@ -72,7 +72,7 @@ def _in_order(sums, H: tl.constexpr, K: tl.constexpr, PAIRS: tl.constexpr):
 
 
 @triton.jit
-def _turn(cos, sin, row, T, HALF: tl.constexpr, K: tl.constexpr):
+def turn(cos, sin, row, T, HALF: tl.constexpr, K: tl.constexpr):
     """Cosine and signed sine [ROWS, 1, K] of every dim, and the dim each is turned against.
 
     The sine is positive for the first half, negative for the second, zero beyond.
@@ -114,7 +114,7 @@ def split_heads_kernel(
     W: tl.constexpr = (H + 2 * G) * K
     row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS))[:, None, None]
     inside = row < M
-    c, s, partner = _turn(cos, sin, row, T, HALF, K)
+    c, s, partner = turn(cos, sin, row, T, HALF, K)
     gains = tl.load(gain + tl.arange(0, H))[None, :, None]
     factor = _row_factor(scale, row, inside, SCALED)
     _normed_and_turned(qkv, q, row, inside, factor, c, s, partner, gains, eps, W, H, K)
@@ -130,7 +130,7 @@ def split_heads_kernel(
 
 
 @triton.jit
-def _added(grad, at, inside, apart, PARTS: tl.constexpr):
+def added(grad, at, inside, apart, PARTS: tl.constexpr):
     """The sum of PARTS arrays at the same place, each `apart` elements behind the one before."""
     total = tl.load(grad + at, mask=inside, other=0.0).to(tl.float32)
     for part in tl.static_range(1, PARTS):
@@ -184,26 +184,26 @@ def split_heads_backward_kernel(
             b, t = (first + n) // L, (first + n) % L
         row = b * T + t
         inside = (b < B) & (t < T)
-        c, s, partner = _turn(cos, sin, row, T, HALF, K)
+        c, s, partner = turn(cos, sin, row, T, HALF, K)
         factor = _row_factor(scale, row, inside, SCALED)
         if SUMS:
-            turned, other = _dq_of_sums(dq, b, start, L, H, K, HALF, ROWS)
+            turned, other = dq_of_sums(dq, b, start, L, H, K, HALF, ROWS)
             turned, other = dq_factor * turned, dq_factor * other
         else:
             at = (row * H + q_head) * K
-            turned = _added(dq, at + d, inside, 0, 1)
-            other = _added(dq, at + partner, inside, 0, 1)
+            turned = added(dq, at + d, inside, 0, 1)
+            other = added(dq, at + partner, inside, 0, 1)
         sum_gain += _heads_gradient(
             qkv, turned, other, dqkv, row, inside, factor, c, s, gains, eps, W, H, K
         )
         at, apart = (row * G + k_head) * K, B * T * G * K
-        turned = _added(dk, at + d, inside, apart, PARTS)
-        other = _added(dk, at + partner, inside, apart, PARTS)
+        turned = added(dk, at + d, inside, apart, PARTS)
+        other = added(dk, at + partner, inside, apart, PARTS)
         _heads_gradient(
             qkv + H * K, turned, other, dqkv + H * K, row, inside, factor, c, s, 1.0, eps, W, G, K
         )
-        values = _added(dv, row * (G * K) + column, inside, apart, PARTS)
-        values += _added(dv_more, row * (G * K) + column, inside, 0, 1)
+        values = added(dv, row * (G * K) + column, inside, apart, PARTS)
+        values += added(dv_more, row * (G * K) + column, inside, 0, 1)
         if EMBED:
             to = d_embed + row * (G * K) + column
             tl.store(to, values.to(d_embed.dtype.element_ty), mask=inside)

@@ -344,7 +344,7 @@ class GPT(nn.Module):
         damp: float,
     ) -> Stream:
         """Block i of whole windows, its sums and norms in the epilogues of its products."""
-        from kernels import epilogue  # here, because it needs Triton, and a CPU does not
+        from kernels import epilogue, joined_attention  # here: they need Triton, a CPU does not
 
         joins, skips = i - self.encoder_layers, stream.skips
         if joins == 0:
@@ -358,9 +358,15 @@ class GPT(nn.Module):
             skip=skip,
             skip_weight_D=None if skip is None else self.skip_weights[joins],
         )
-        qkv = F.linear(rows, weights.qkv[i])
-        attended = self._attend(i, qkv, rotary, value_embed, factor_BT).flatten(2)
-        t, squares = epilogue.linear_add(attended, weights.out[i], u)
+        if self.attention_backend == "flash4":
+            gain_H, kv_heads = self.block(i).attn.q_gain, self.config.kv_heads
+            attended = joined_attention.attend(
+                rows, weights.qkv[i], factor_BT, value_embed, gain_H, kv_heads, *rotary
+            )
+        else:
+            qkv = F.linear(rows, weights.qkv[i])
+            attended = self._attend(i, qkv, rotary, value_embed, factor_BT)
+        t, squares = epilogue.linear_add(attended.flatten(2), weights.out[i], u)
         x = epilogue.mlp_half(t, squares, weights.up[i], weights.down[i], damp)
         if skip is not None:
             return Stream(x, None, skips[:-1])

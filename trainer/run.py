@@ -6,6 +6,7 @@ from typing import Any
 import torch
 
 from kernels.flash4 import require_flash4
+from kernels.heads_cutlass import require_heads
 from kernels.mlp import require_backend
 from kernels.passes import require_passes
 from trainer import artifact, calibrate, checkpoint, corpus, quantize
@@ -70,6 +71,8 @@ def check_implementations(config: RunConfig) -> None:
             kv_heads=model.kv_heads,
             head_size=model.head_size,
         )
+        if config.passes == "epilogue" and config.attention == "flash4":
+            require_heads(model.head_size, model.rotary_dims)
     except ValueError as error:
         raise ConfigError(f"--passes {config.passes} cannot run here: {error}") from error
     if config.passes == "epilogue" and config.mlp != "cutlass":

@@ -4,6 +4,7 @@ from verify.fault import Fault
 
 _MODEL = ("verify/test_model.py",)
 _PASSES = ("verify/test_passes.py",)
+_JOINED = ("verify/test_joined_heads.py",)
 _KERNELS = ("verify/test_kernels.py",)
 
 FAULTS = [
@@ -241,8 +242,8 @@ FAULTS = [
     Fault(
         "kernels/heads_triton.py",
         "the values miss what the later members of a group send",
-        "values = _added(dv, row * (G * K) + column, inside, apart, PARTS)",
-        "values = _added(dv, row * (G * K) + column, inside, apart, 1)",
+        "values = added(dv, row * (G * K) + column, inside, apart, PARTS)",
+        "values = added(dv, row * (G * K) + column, inside, apart, 1)",
         _PASSES,
     ),
     Fault(
@@ -258,6 +259,27 @@ FAULTS = [
         "logarithm * LOG2_E",
         "logarithm",
         _PASSES,
+    ),
+    Fault(
+        "kernels/joined_heads_triton.py",
+        "the finished head turned on, its gradient back",
+        "y * c - y_other * s",
+        "y * c + y_other * s",
+        _JOINED,
+    ),
+    Fault(
+        "kernels/joined_heads_triton.py",
+        "keys take the norms' factors of queries",
+        "heads + H * K, inverse + H * M,",
+        "heads + H * K, inverse,",
+        _JOINED,
+    ),
+    Fault(
+        "kernels/joined_heads_triton.py",
+        "the embedding's gradient takes the rows' factor",
+        "tl.store(to, values.to(",
+        "tl.store(to, (factor * values).to(",
+        _JOINED,
     ),
     Fault(
         "kernels/flash4.py",

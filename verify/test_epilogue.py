@@ -77,7 +77,7 @@ def test_entry_of_a_block_equals_the_reference_in_the_interpreter() -> None:
 MODEL = """
 import sys, torch
 from types import SimpleNamespace
-from kernels import cutlass, epilogue, flash4, mlp, pass_ops, reference
+from kernels import cutlass, epilogue, flash4, joined_attention, mlp, pass_ops, reference
 from trainer.model import GPT
 from verify import flash4_stand_in
 from verify.models import random_model
@@ -85,9 +85,11 @@ from verify.tolerance import check, relative_error, rounding_budget
 
 for check_place in ("check_cuda_tensors", "check_rows"):
     setattr(pass_ops, check_place, lambda **tensors: None)  # the interpreter takes CPU tensors
+joined_attention.check_cuda_tensors = pass_ops.check_cuda_tensors
 for name, replacement in flash4_stand_in.replacements().items():
     setattr(flash4, name, replacement)
 epilogue.cutlass = reference  # no CUTLASS on a CPU: its products by their plain meaning
+joined_attention.heads_cutlass = reference
 mlp.load_backend = lambda name: SimpleNamespace(
     up_activation=reference.up_activation, activation=reference.activation, dpre=reference.dpre)
 plain = random_model().requires_grad_()
