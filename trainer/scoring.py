@@ -13,6 +13,7 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -64,6 +65,11 @@ class ScoredBatch:
     targets_S: Tensor
 
 
+COMPILED_SCORES = 64
+"""Scores that one process may compile: every model, mode and stride compiles `hidden` anew, which
+TorchDynamo by default allows eight times."""
+
+
 @dataclass(frozen=True)
 class Programs:
     """The programs that do nearly all the work of scoring."""
@@ -77,6 +83,8 @@ class Programs:
         """Those of `model`, as they are or through torch.compile."""
         if not compiled:
             return cls(model.hidden)
+        limits: Any = torch._dynamo.config
+        limits.recompile_limit = max(limits.recompile_limit, COMPILED_SCORES)
         return cls(
             torch.compile(model.hidden, fullgraph=True, dynamic=False),
             torch.compile(adapt.fit_shared, fullgraph=True, dynamic=False),

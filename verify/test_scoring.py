@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pytest
@@ -27,7 +27,14 @@ from trainer.errors import ConfigError
 from trainer.model import GPT, CastWeights
 from trainer.record import RECORD, SMOKE
 from trainer.replay import WARM_UPS, Replayed
-from trainer.scoring import Scorer, bits_per_byte, full_windows, score
+from trainer.scoring import (
+    COMPILED_SCORES,
+    Programs,
+    Scorer,
+    bits_per_byte,
+    full_windows,
+    score,
+)
 from trainer.tokens import TokenBytes
 from trainer.windows import plan_windows
 from verify.models import TINY, random_model
@@ -467,6 +474,15 @@ def test_replayed_scores_equal_launched_ones(mode: SlotMode) -> None:
     replayed, launched = _replayed_and_launched(model, _tokens(T + 62), config, mode)
     assert launched.min() > 0
     assert torch.equal(replayed, launched)
+
+
+def test_a_process_may_compile_many_scores(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run's scores, each of which compiles `hidden` anew, stay within TorchDynamo's limit."""
+    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 8)
+    Programs.of(random_model(), compiled=False)
+    assert torch._dynamo.config.recompile_limit == 8
+    Programs.of(random_model(), compiled=True)
+    assert torch._dynamo.config.recompile_limit == COMPILED_SCORES > 3 * len(get_args(SlotMode))
 
 
 HOPPER = ModelConfig(
