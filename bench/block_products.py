@@ -87,6 +87,7 @@ def cases(arguments: Arguments) -> dict[str, Case]:
     dpre = cutlass.dpre(go, w_down, act_grad)
     shape = ModelConfig(width=d)
     cos, sin = (table.cuda() for table in layers.rotary_tables(shape))
+    window = len(cos)
     w_qkv = normal(d + 2 * shape.kv_width, d, scale=d**-0.5)
     heads = (torch.full((shape.query_heads,), 1.5, device="cuda"), shape.kv_heads, cos, sin)
     return {
@@ -94,7 +95,12 @@ def cases(arguments: Arguments) -> dict[str, Case]:
             "heads",
             lambda p: heads_cutlass.run_project_heads(h, w_qkv, factor, None, *heads, plan=p),
             lambda: F.linear(h, w_qkv),
-            lambda: pass_ops.split_heads(F.linear(h, w_qkv)[None], None, *heads, factor[None]),
+            lambda: pass_ops.split_heads(
+                F.linear(h, w_qkv).view(-1, window, len(w_qkv)),
+                None,
+                *heads,
+                factor.view(-1, window),
+            ),
             "product, split_heads",
         ),
         "out-projection": Case(

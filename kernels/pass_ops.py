@@ -156,13 +156,14 @@ def split_heads(
     v is else part of `qkv`. Meaning: `kernels.reference.split_heads`.
 
     Raises:
-        ValueError: an argument is not on a CUDA device or not contiguous, the scale does not fit,
-            or a number of heads or the head size is no power of two.
+        ValueError: an argument is not on a CUDA device or not contiguous, the scale or the tables
+            do not fit, or a number of heads or the head size is no power of two.
     """
     check_cuda_tensors(
         qkv=qkv, value_embed=value_embed, gain=gain_H, cos=cos, sin=sin, scale=scale_BT
     )
     _check_scale(scale_BT, qkv)
+    _check_tables(cos, sin, qkv)
     size = qkv.shape[-1] // (len(gain_H) + 2 * kv_heads)
     check_power_of_two(query_heads=len(gain_H), kv_heads=kv_heads, head_size=size)
     return heads_triton.split_heads(qkv, value_embed, gain_H, kv_heads, cos, sin, scale_BT=scale_BT)
@@ -209,11 +210,12 @@ def split_heads_backward(
     is the last columns of the first.
 
     Raises:
-        ValueError: an argument is not on a CUDA device or not contiguous, the scale does not fit,
-            or dk and dv differ in shape.
+        ValueError: an argument is not on a CUDA device or not contiguous, the scale or the tables
+            do not fit, or dk and dv differ in shape.
     """
     check_cuda_tensors(dq=dq, dk=dk, dv=dv, dv_more=dv_more, qkv=qkv, scale=scale_BT)
     _check_scale(scale_BT, qkv)
+    _check_tables(cos, sin, qkv)
     if dk.shape != dv.shape:
         raise ValueError(f"dk {tuple(dk.shape)} and dv {tuple(dv.shape)} must be of one shape")
     return heads_triton.split_heads_backward(
@@ -316,6 +318,15 @@ def _check_scale(scale_BT: Tensor | None, qkv: Tensor) -> None:
         raise ValueError(
             f"scale {tuple(scale_BT.shape)} {scale_BT.dtype} must be float32 [B, T] = "
             f"{tuple(qkv.shape[:2])}"
+        )
+
+
+def _check_tables(cos: Tensor, sin: Tensor, qkv: Tensor) -> None:
+    """A row of cosines and one of sines for every position. Raises ValueError."""
+    if cos.shape != sin.shape or len(cos) != qkv.shape[1]:
+        raise ValueError(
+            f"cos {tuple(cos.shape)} and sin {tuple(sin.shape)} must have a row for each of "
+            f"{qkv.shape[1]} positions"
         )
 
 

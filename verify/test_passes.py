@@ -270,6 +270,19 @@ def test_heads_of_rows_that_lack_their_factor(embed: str) -> None:
     run_interpreted(INTERFACE, embed)
 
 
+def test_rotary_tables_cover_every_position(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tables of another length are refused: the kernels would read past their end."""
+    monkeypatch.setattr(pass_ops, "check_cuda_tensors", lambda **_: None)
+    qkv, heads = torch.zeros(1, 3, 32), torch.zeros(1, 3, 2, 8)
+    kv, table = torch.zeros(1, 3, 1, 8), torch.zeros(2, 2)
+    with pytest.raises(ValueError, match="must have a row for each of 3 positions"):
+        pass_ops.split_heads(qkv, None, torch.ones(2), 1, table, table, None)
+    with pytest.raises(ValueError, match="must have a row for each of 3 positions"):
+        pass_ops.split_heads_backward(
+            heads, kv, kv, kv, qkv, torch.ones(2), table, table, None, False, None
+        )
+
+
 # What is refused.
 
 
