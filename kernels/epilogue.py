@@ -31,7 +31,8 @@ def enter(
     *,
     skip: Tensor | None = None,
     skip_weight_D: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    keep: bool = False,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """Entry of a block: u = a (x + w skip) + b x0, and its norm as factors.
 
     Args:
@@ -39,18 +40,20 @@ def enter(
         mix_2D: a and b, float32.
         damp: factor on the normalised rows.
         skip_weight_D: w, float32.
+        keep: x is wanted once more.
 
     Returns:
         u for the branch to be added to; u once more, [..., D], and its factors, float32 [...], for
-        the products that read them multiplied; and x once more, for a later block to take as skip.
-        Each reader sends its own gradient back, and one pass adds them.
+        the products that read them multiplied; and, with `keep`, x for a later block to take as
+        skip. Each reader sends its own gradient back, and one pass adds them.
 
     Raises:
         ValueError: a tensor it cannot take.
     """
     rows = [None if t is None else t.reshape(-1, t.shape[-1]).contiguous() for t in (x, skip, x0)]
-    u, again, factor, kept = _Enter.apply(*rows, skip_weight_D, mix_2D, damp)
-    return u.view_as(x), again.view_as(x), factor.view(x.shape[:-1]), kept.view_as(x)
+    u, again, factor, *kept = _Enter.apply(*rows, skip_weight_D, mix_2D, damp, keep)
+    sent = kept[0].view_as(x) if kept else None
+    return u.view_as(x), again.view_as(x), factor.view(x.shape[:-1]), sent
 
 
 def linear_add(x: Tensor, w_NK: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
@@ -101,23 +104,22 @@ class _Enter(torch.autograd.Function):
         skip_weight_D: Tensor | None,
         mix_2D: Tensor,
         damp: float,
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        keep: bool,
+    ) -> tuple[Tensor, ...]:
         u, factor = pass_ops.mix_factor(x, skip, skip_weight_D, x0, mix_2D, damp)
         ctx.save_for_backward(x, skip, skip_weight_D, x0, mix_2D)
         ctx.mark_non_differentiable(factor)
-        ctx.set_materialize_grads(False)
-        return u, u.view_as(u), factor, x.view_as(x)
+        # An output that nobody reads would have a gradient of zeros, made and read for nothing.
+        return (u, u.view_as(u), factor, x.view_as(x)) if keep else (u, u.view_as(u), factor)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x, skip, skip_weight_D, x0, mix_2D = ctx.saved_tensors
-        du, through, _, dx_kept = grads
-        assert du is not None, "a block passes its stream on"
-        assert through is not None, "a block's branch reads its rows"
+        du, through, _, *dx_kept = grads
         dx, dx0, sums_P3D, *more = pass_ops.mix_norm_backward(
             du.contiguous(),
             through.contiguous(),
-            None if dx_kept is None else dx_kept.contiguous(),
+            dx_kept[0].contiguous() if dx_kept else None,
             x,
             x0,
             skip,
@@ -128,7 +130,7 @@ class _Enter(torch.autograd.Function):
         sums_3D = sums_P3D.sum(dim=0)
         d_skip = more[0] if more else None
         d_weight = sums_3D[2] if more else None
-        return dx, d_skip, dx0, d_weight, sums_3D[:2], None
+        return dx, d_skip, dx0, d_weight, sums_3D[:2], None, None
 
 
 class _LinearAdd(torch.autograd.Function):

@@ -2,8 +2,8 @@
 
 `reference` is plain PyTorch, which torch.compile fuses as it sees fit. `triton` reads and writes
 every tensor once, forward and backward (kernels/residual_triton.py, kernels/heads_triton.py); the
-sums over rows that per-channel gradients need end in the compiler's hands. `epilogue` is `triton` in
-the functions here; the model has the rest of it from kernels/epilogue.py.
+sums over rows that per-channel gradients need end in the compiler's hands. `epilogue` is `triton`
+in the functions here; the model has the rest of it from kernels/epilogue.py.
 
 Letters: D model width, B windows, T positions, H query heads, G key/value heads, K head size.
 """

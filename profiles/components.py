@@ -17,7 +17,9 @@ MLP_OPS = ("fairway::up_", "fairway::activation", "fairway::dpre")
 SUM_OPS = ("fairway::linear_add", "fairway::norm_gradient")
 """Products with a residual sum in their epilogue; their second argument is the weight."""
 RESIDUAL_OPS = ("fairway::mix_norm", "fairway::mix_factor", "fairway::add_norm")
-HEAD_OPS = ("fairway::split_heads", "fairway::exclude_self")
+HEAD_OPS = ("fairway::split_heads", "fairway::joined_heads", "fairway::exclude_self")
+PROJECTION_OPS = ("fairway::project_heads",)
+"""The joint projection with the heads' norm, rotary and gain in its epilogue."""
 GEMM_WORDS = ("nvjet", "gemm", "cublas", "xmma")
 COPY_KERNELS = ("memcpy", "memset")
 """A copy or fill that a matrix product makes for itself counts as the product's."""
@@ -83,7 +85,7 @@ def component(event: Event, sizes: Sizes) -> str:
         return f"residual passes {side}"
     if any(op in around for op in HEAD_OPS):
         return f"head passes {side}"
-    if any(op in around for op in SUM_OPS):
+    if any(op in around for op in SUM_OPS + PROJECTION_OPS):
         return f"GEMM {gemm_role(event, sizes)}"
     if any(op in around for op in MLP_OPS):
         return f"fused MLP {side}"
@@ -115,7 +117,7 @@ def _op(event: Event) -> str:
 def gemm_role(event: Event, sizes: Sizes) -> str:
     """What a matrix product is for, from its sizes; forward, input and weight gradient alike."""
     c = sizes.model
-    if _op(event).startswith(SUM_OPS):
+    if _op(event).startswith(SUM_OPS + PROJECTION_OPS):
         mkn = list(event.dims[1])
     else:
         factors = operands(event)
@@ -158,6 +160,10 @@ def work(event: Event) -> Work:
         n = math.prod(matrices[1]) // k
         streams = len(matrices) - 1  # those added, and the sum
         return Work(2.0 * m * k * n, float(m * k + k * n + streams * m * n))
+    if op.startswith(PROJECTION_OPS) and len(matrices) >= 2:
+        m, k = matrices[0]
+        n = matrices[1][0]
+        return Work(2.0 * m * k * n, float(m * k + k * n + m * n))
     if op.startswith(MLP_OPS) and len(matrices) >= 2:
         m, width = matrices[0]
         hidden = math.prod(matrices[1]) // width
@@ -199,5 +205,7 @@ def _pass_elements(op: str, dims: tuple[tuple[int, ...], ...]) -> float:
         "mix_norm_backward": 3.0 if has_skip else 2.0,
         "add_norm": 2.0,
         "exclude_self_backward": 1.5,
+        "exclude_self_backward_numbers": 1.5,
     }
-    return sum(activations) + stream * written.get(name, 1.0)
+    wide = sizes[0] if name == "joined_heads_backward" else 0  # the queries' sums are float32
+    return sum(activations) + wide + stream * written.get(name, 1.0)

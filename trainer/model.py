@@ -347,16 +347,15 @@ class GPT(nn.Module):
         from kernels import epilogue, joined_attention  # here: they need Triton, a CPU does not
 
         joins, skips = i - self.encoder_layers, stream.skips
-        if joins == 0:
-            skips = (*skips, stream.x)
-        skip = skips[-1] if joins >= 0 and skips else None
+        mix_2D, skip, weight_D = self.block(i).resid_mix, None, None
+        if joins == 0 and i > 0:
+            # The innermost skip is the stream itself: x + w x is x with another factor.
+            mix_2D = torch.stack((mix_2D[0] * (1 + self.skip_weights[0]), mix_2D[1]))
+        elif joins > 0 and skips:
+            skip, weight_D, skips = skips[-1], self.skip_weights[joins], skips[:-1]
+        keep = 0 < i < self.encoder_layers
         u, rows, factor_BT, kept = epilogue.enter(
-            stream.x,
-            x0,
-            self.block(i).resid_mix,
-            damp,
-            skip=skip,
-            skip_weight_D=None if skip is None else self.skip_weights[joins],
+            stream.x, x0, mix_2D, damp, skip=skip, skip_weight_D=weight_D, keep=keep
         )
         if self.attention_backend == "flash4":
             gain_H, kv_heads = self.block(i).attn.q_gain, self.config.kv_heads
@@ -368,9 +367,7 @@ class GPT(nn.Module):
             attended = self._attend(i, qkv, rotary, value_embed, factor_BT)
         t, squares = epilogue.linear_add(attended.flatten(2), weights.out[i], u)
         x = epilogue.mlp_half(t, squares, weights.up[i], weights.down[i], damp)
-        if skip is not None:
-            return Stream(x, None, skips[:-1])
-        return Stream(x, None, (*skips, kept) if 0 < i < self.encoder_layers else skips)
+        return Stream(x, None, skips if kept is None else (*skips, kept))
 
     def _enter(
         self, i: int, stream: Stream, x0: Tensor, damp: float

@@ -78,6 +78,14 @@ def kernel(
             ),
             "GEMM MLP",
         ),
+        (
+            kernel("_k", ("fairway::project_heads_cutlass",), dims=((N, D), (1024, D), (N,))),
+            "GEMM queries, keys, values, head",
+        ),
+        (
+            kernel("_k", ("fairway::joined_heads_backward",), "backward"),
+            "head passes backward",
+        ),
         (kernel("mix_norm_kernel", ("fairway::mix_norm",)), "residual passes forward"),
         (kernel("mix_norm_kernel", ("fairway::mix_factor",)), "residual passes forward"),
         (
@@ -176,6 +184,9 @@ def test_work_counts_every_operation_once() -> None:
     assert work(alone).elements == 6 * 4 + 4 * 10 + 6 * 10
     scaled = kernel("x", ("fairway::up_scaled_cutlass",), dims=((6, 4), (10, 4), (6,)))
     assert work(scaled) == work(alone)
+    joint = kernel("x", ("fairway::project_heads_cutlass",), dims=((6, 4), (10, 4), (6,)))
+    assert work(joint).flops == work(fused).flops
+    assert work(joint).elements == 6 * 4 + 4 * 10 + 6 * 10
     added = kernel("x", ("fairway::linear_add_cutlass",), dims=((6, 10), (4, 10), (6, 4)))
     assert work(added).flops == work(fused).flops
     assert work(added).elements == 6 * 10 + 4 * 10 + 2 * 6 * 4
@@ -204,6 +215,12 @@ def test_work_of_fused_passes_counts_every_tensor_once() -> None:
         ("split_heads", (qkv, (8,), *tables), 1.5 + 1.5),
         ("split_heads", (qkv, (48, 2048, 256), (8,), *tables), 2 + 0.5 + 2),
         ("split_heads_backward", (q, kv, kv, kv, qkv, (8,), *tables), 2.5 + 2 + 2),
+        (
+            "joined_heads_backward",
+            ((48, 8, 2048 * 64), (2, *kv), (2, *kv), kv, (N, 1024), (12, N), (N,), (8,), *tables),
+            2 + 1 + 1 + 0.5 + 2 + 2,
+        ),
+        ("exclude_self_backward_numbers", (q, q, kv, (48, 8, 2048)), 2.5 + 1.5),
         ("exclude_self", (q, kv), 1.5 + 1),
         ("exclude_self_backward", (q, q, kv), 2.5 + 1.5),
     ):
