@@ -293,7 +293,7 @@ def test_a_run_with_other_heads_stops_before_any_work(monkeypatch: pytest.Monkey
     config = replace(RECORD, mlp="cutlass", passes="epilogue", attention="flash4")
     run.check_implementations(config)
     others = replace(config, model=replace(config.model, rotary_dims=32))
-    with pytest.raises(ConfigError, match="of which 16 dims turn, not 64 and 32.*--passes triton"):
+    with pytest.raises(ConfigError, match=r"of which 16 dims turn, not 64 and 32.*--passes triton"):
         run.check_implementations(others)
     run.check_implementations(replace(others, attention="cudnn"))
 
