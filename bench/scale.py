@@ -65,14 +65,20 @@ class Scale:
         shape: ModelConfig | None = None,
         passes: PassesBackend | None = None,
     ) -> GPT:
-        """A GPT whose zero-initialised matrices are random too, so that no product is trivial."""
+        """A GPT whose zero-initialised matrices are random too, so that no product is trivial.
+
+        Passes in the epilogues of CUTLASS's products become fused kernels beside another MLP.
+        """
         torch.manual_seed(0)
+        passes = passes or self.config.passes
+        if passes == "epilogue" and mlp != "cutlass":
+            passes = "triton"
         model = GPT(
             shape or self.config.model,
             compute_dtype=self.dtype,
             mlp=mlp,
             attention=self.config.attention,
-            passes=passes or self.config.passes,
+            passes=passes,
         )
         with torch.no_grad():
             for matrix in model.matrices().values():

@@ -264,9 +264,9 @@ class RunConfig:
     """Fused MLP implementation; there is no fallback to another."""
     attention: AttentionBackend = "cudnn"
     """Attention implementation: cuDNN's, FlashAttention for Hopper, or torch's own choice."""
-    passes: PassesBackend = "triton"
+    passes: PassesBackend = "epilogue"
     """What lies between the products (sums, norms, rotary, XSA): plain PyTorch, fused kernels, or
-    those with the sums and norms in the epilogues of the CUTLASS products."""
+    those with the sums and norms in the epilogues of the CUTLASS products (--mlp cutlass)."""
     compile: bool = True
     """Use torch.compile with fullgraph."""
     model: ModelConfig = field(default_factory=ModelConfig)

@@ -109,7 +109,11 @@ class GPT(nn.Module):
         compute_dtype: torch.bfloat16 or torch.float32.
         mlp: implementation of the fused MLP, by name.
         attention: implementation of attention, by name.
-        passes: implementation of what lies between the products, by name.
+        passes: implementation of what lies between the products, by name; `epilogue` lives in the
+            products of MLP `cutlass`.
+
+    Raises:
+        ValueError: `epilogue` with another MLP.
     """
 
     cos: Tensor
@@ -125,6 +129,8 @@ class GPT(nn.Module):
         passes: PassesBackend = "reference",
     ) -> None:
         super().__init__()
+        if passes == "epilogue" and mlp != "cutlass":
+            raise ValueError(f"passes 'epilogue' need mlp 'cutlass', not {mlp!r}")
         self.config, self.compute_dtype = config, compute_dtype
         self.mlp_backend: MlpBackend = mlp
         self.attention_backend: AttentionBackend = attention

@@ -7,6 +7,7 @@ _PASSES = ("verify/test_passes.py",)
 _JOINED = ("verify/test_joined_heads.py",)
 _KERNELS = ("verify/test_kernels.py",)
 
+_EPILOGUE = ("verify/test_epilogue.py", "-k", "entry or half")
 FAULTS = [
     Fault(
         "kernels/reference.py",
@@ -200,9 +201,37 @@ FAULTS = [
     Fault(
         "kernels/residual_triton.py",
         "the skip's gradient misses what later blocks send",
-        "            sum_w += total * tl.load",
-        "            sum_w += a * tl.load",
+        "            sum_w += total * joined",
+        "            sum_w += a * joined",
         _PASSES,
+    ),
+    Fault(
+        "kernels/residual_triton.py",
+        "a factor's gradient left out",
+        "return grad - (along / square)[:, None] * x",
+        "return grad",
+        _EPILOGUE,
+    ),
+    Fault(
+        "kernels/residual_triton.py",
+        "what a later block sends is added before the skip's share is taken",
+        "        if MORE and not FACTOR:\n",
+        "        if MORE:\n",
+        _EPILOGUE,
+    ),
+    Fault(
+        "kernels/epilogue.py",
+        "norm's gradient of the MLP half without the damping",
+        "inverse_square_M = (factor_M / ctx.damp).square()",
+        "inverse_square_M = factor_M.square()",
+        _EPILOGUE,
+    ),
+    Fault(
+        "trainer/model.py",
+        "the innermost skip of joined blocks forgotten",
+        "mix_2D[0] * (1 + self.skip_weights[0])",
+        "mix_2D[0] * 1.0",
+        ("verify/test_epilogue.py", "-k", "joined_blocks_equals and sdpa"),
     ),
     Fault(
         "kernels/residual_triton.py",

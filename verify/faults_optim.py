@@ -37,6 +37,20 @@ FAULTS = [
         _OPTIM,
     ),
     Fault(
+        "kernels/muon_triton.py",
+        "old momentum in the direction",
+        "tl.store(out + at, (g + coefficient * m)",
+        "tl.store(out + at, (g + coefficient * g)",
+        ("verify/test_optim.py", "-k", "fused_muon"),
+    ),
+    Fault(
+        "kernels/muon_triton.py",
+        "strides of the update ignored",
+        "r * update_row + c * update_column",
+        "r * C + c",
+        ("verify/test_optim.py", "-k", "fused_muon"),
+    ),
+    Fault(
         "trainer/parallel.py",
         "update not scaled by the shape",
         "self.scale = math.sqrt(max(1.0, rows / columns))",

@@ -17,7 +17,7 @@ from trainer.model import GPT
 from trainer.record import RECORD
 from trainer.run import preflight
 from verify.interpreter import run_interpreted
-from verify.models import random_model
+from verify.models import TINY, random_model
 from verify.tolerance import check, kernel_budget, relative_error, rounding_budget
 
 BF16 = torch.bfloat16
@@ -80,7 +80,7 @@ from types import SimpleNamespace
 from kernels import cutlass, epilogue, flash4, joined_attention, mlp, pass_ops, reference
 from trainer.model import GPT
 from verify import flash4_stand_in
-from verify.models import random_model
+from verify.models import TINY, random_model
 from verify.tolerance import check, relative_error, rounding_budget
 
 for check_place in ("check_cuda_tensors", "check_rows"):
@@ -156,6 +156,8 @@ def test_joined_blocks_need_cutlass(monkeypatch: pytest.MonkeyPatch) -> None:
     config = replace(RECORD, mlp="triton", passes="epilogue", attention="cudnn")
     with pytest.raises(ConfigError, match="--mlp cutlass, or --passes triton"):
         preflight(config)
+    with pytest.raises(ValueError, match="need mlp 'cutlass', not 'triton'"):
+        GPT(TINY, mlp="triton", passes="epilogue")
 
 
 @pytest.mark.hopper
