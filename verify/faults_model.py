@@ -6,8 +6,8 @@ _MODEL = ("verify/test_model.py",)
 _PASSES = ("verify/test_passes.py",)
 _JOINED = ("verify/test_joined_heads.py",)
 _KERNELS = ("verify/test_kernels.py",)
-
 _EPILOGUE = ("verify/test_epilogue.py", "-k", "entry or half")
+
 FAULTS = [
     Fault(
         "kernels/reference.py",
@@ -257,8 +257,8 @@ FAULTS = [
     Fault(
         "kernels/reference.py",
         "activation without act_grad forgets to square the slope",
-        "torch.where(pre > 0, pre, 0.25 * pre) * pre",
-        "torch.where(pre > 0, pre, 0.5 * pre) * pre",
+        "torch.where(pre > 0, pre, 0.25 * pre) * pre\n",
+        "torch.where(pre > 0, pre, 0.5 * pre) * pre\n",
         _KERNELS,
     ),
     Fault(
