@@ -4,6 +4,7 @@ Real processes run the packed script in an empty folder.
 """
 
 import ast
+import ctypes
 import dataclasses
 import importlib.util
 import json
@@ -19,7 +20,7 @@ from typing import Any
 import pytest
 import triton
 
-from kernels import build
+from kernels import build, variants
 from trainer import codesize, corpus
 from trainer.__main__ import parse
 from trainer.config import SIZE_LIMIT_BYTES, ModelConfig
@@ -27,7 +28,7 @@ from trainer.errors import ArtifactError, RunError
 from trainer.record import RECORD
 from trainer.statistics import PUBLISHED
 from trainer.submission import __main__ as command
-from trainer.submission import contents, pack
+from trainer.submission import contents, cplusplus, pack
 from trainer.submission.arguments import arguments_for, shared_settings
 from trainer.submission.contents import Submission
 from trainer.submission.readme import readme
@@ -172,19 +173,61 @@ def test_imports_decide_what_is_packed() -> None:
         assert needed in names
     for needless in ("trainer.fetch", "trainer.submission.pack", "trainer.generate"):
         assert needless not in names
-    assert names["trainer.codesize"].name == "own_size.py"
+    for module, name in (("codesize", "size"), ("embedded", "corpus"), ("report", "report")):
+        assert names[f"trainer.{module}"].name == f"own_{name}.py"
     assert {"torch", "numpy", "tyro", "brotli"} <= set(pack.third_party())
-    assert "python_minifier" not in pack.third_party()
+    assert not {"python_minifier", "matplotlib"} & set(pack.third_party())
 
 
-def test_unpacked_kernels_keep_the_name_of_their_library(folder: Path) -> None:
-    """A kernel library built from the repository serves the packed script: the hash is the same."""
-    code = "from kernels import build; print(build.source_hash())"
+def test_packed_library_holds_what_the_plans_name(folder: Path) -> None:
+    """Of the variants the script can build exactly those that a plan uses."""
+    packed = runpy.run_path(str(_unpacked(folder) / "kernels" / "variants.py"))
+    planned = {plan.variant for plan in vars(variants).values() if isinstance(plan, variants.Plan)}
+    assert set(packed["VARIANTS"]) == planned
+    assert planned < set(variants.VARIANTS)
+    for name, variant in packed["VARIANTS"].items():
+        original = variants.VARIANTS[name]
+        assert dataclasses.asdict(variant) == dataclasses.asdict(original), name
+
+
+def test_packed_cuda_sources_are_the_same_tokens(folder: Path) -> None:
+    """Comments and white space aside, the compiler is given the repository's device code."""
+    paths = sorted((ROOT / "kernels" / "cuda").iterdir())
+    packed = _unpacked(folder) / "kernels" / "cuda"
+    assert sorted(path.name for path in packed.iterdir()) == [path.name for path in paths]
+    for path in paths:
+        source, text = path.read_text(), (packed / path.name).read_text()
+        assert cplusplus.tokens(text) == cplusplus.tokens(source), path.name
+        assert len(text) < len(source), path.name
+        assert build.INCLUDE.findall(text) == build.INCLUDE.findall(source), path.name
+
+
+@pytest.mark.nvcc
+def test_packed_script_compiles_its_kernels(folder: Path) -> None:
+    """nvcc makes a library of what the script unpacks; one variant, for it takes a minute."""
     result = subprocess.run(
-        [sys.executable, "-c", code], cwd=_unpacked(folder), capture_output=True, text=True,
-        check=True, env={**os.environ, "PYTHONPATH": str(_unpacked(folder))},
+        [sys.executable, "train_gpt.py", "-m", "kernels.build",
+         "--variant", variants.HEADS_PLAN.variant],
+        cwd=folder, capture_output=True, text=True, check=False,
     )  # fmt: skip
-    assert result.stdout.strip() == build.source_hash()
+    assert result.returncode == 0, result.stderr
+    (built,) = (_unpacked(folder) / ".cache" / "kernels").glob("*.so")
+    library = ctypes.CDLL(str(built))
+    assert hasattr(library, f"fairway_{variants.HEADS_PLAN.variant}")
+
+
+def test_script_says_what_it_leaves_out(folder: Path) -> None:
+    """Without data it names the option that brings some; a run's report says who writes it."""
+    result = subprocess.run(
+        [sys.executable, "train_gpt.py", "smoke", f"--out={folder / 'none'}"],
+        cwd=folder, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert result.returncode == 2
+    assert "the packed script holds no corpus" in result.stderr
+    assert "--data.dir" in result.stderr
+    run = folder / "runs" / "packed"
+    report = (run / "report.md").read_text()
+    assert f"`python -m trainer --resume {run}`" in report
 
 
 def test_device_code_is_packed_unchanged(folder: Path) -> None:
@@ -214,16 +257,6 @@ def _device_code(function: Any) -> str:
     if ast.get_docstring(definition) is not None:
         del definition.body[0]
     return ast.dump(tree)
-
-
-def test_every_byte_survives_the_literal() -> None:
-    """Every pair of bytes comes back from the source text in which it is written."""
-    data = bytes(byte for first in range(256) for second in range(256) for byte in (first, second))
-    source = b"# -*- coding: latin-1 -*-\nX=" + pack.latin1_literal(data).encode("latin-1")
-    assert source.count(b"\n") == 1
-    names: dict[str, str] = {}
-    exec(compile(source, "literal", "exec"), names)
-    assert names["X"].encode("latin-1") == data
 
 
 def test_ranks_may_unpack_at_once(script: bytes, folder: Path, tmp_path: Path) -> None:

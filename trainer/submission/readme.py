@@ -111,18 +111,30 @@ def _commands(submission: Submission) -> str:
             f"pip install --no-deps {HEADER_PACKAGE}    # C++ headers",
             "python train_gpt.py -m kernels.build --jobs 8    # once; needs nvcc",
         ]
-    data = "" if run.config.data.dir is None else " --data.dir DATA"
-    lines += [f"{program} train_gpt.py {arguments}{data} --seed {r.seed}" for r in submission.runs]
     lines += [
-        f"python train_gpt.py -m trainer.evaluate runs/NAME/artifact.fwy"
-        f"{data.replace('.dir', '')}    # the artifact alone",
-        "```",
+        f"{program} train_gpt.py {arguments} --data.dir DATA --seed {r.seed}"
+        for r in submission.runs
     ]
-    if data:
+    lines += [
+        "python train_gpt.py -m trainer.evaluate runs/NAME/artifact.fwy --data DATA"
+        "    # the artifact alone",
+        "```",
+        "",
+    ]
+    if run.config.data.dir is None:
         lines.append(
-            "\nDATA is a folder with the contest's `fineweb_train_*.bin`, `fineweb_val_*.bin` and "
+            "DATA is the folder of the embedded corpus, which the script leaves out: Fairway's "
+            "repository builds it by `python -m trainer smoke`, in `.cache/embedded-*`."
+        )
+    else:
+        lines.append(
+            "DATA is a folder with the contest's `fineweb_train_*.bin`, `fineweb_val_*.bin` and "
             "tokenizer (`*.model`)."
         )
+    lines.append(
+        "The script writes no report; `python -m trainer --resume RUN` of the repository does, "
+        "from the same results."
+    )
     return "\n".join(lines)
 
 
@@ -135,9 +147,9 @@ def _script(submission: Submission) -> str:
     )
     return (
         f"`train_gpt.py` ({submission.bytes_code:,} bytes) holds the minified sources of the "
-        "packages `trainer` and `kernels`, compressed with Brotli, and unpacks them into a hidden "
-        f"folder beside itself when it starts. {same} It was made by `python -m "
-        "trainer.submission`; the same sources give the same bytes."
+        "packages `trainer` and `kernels`, as far as a run needs them, compressed with Brotli, and "
+        f"unpacks them into a hidden folder beside itself when it starts. {same} It was made by "
+        "`python -m trainer.submission`; the same sources give the same bytes."
     )
 
 
