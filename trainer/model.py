@@ -323,7 +323,10 @@ class GPT(nn.Module):
         With `last`, only that many last positions attend and pass on.
         """
         damp = 1 / math.sqrt(i + 1)
-        if self.passes_backend == "epilogue" and cache is None and observe is None and last is None:
+        whole_windows = cache is None and observe is None and last is None
+        # For training alone: over joined blocks without gradients TorchInductor (2.11) spends
+        # minutes, most of them in printing its own graph.
+        if self.passes_backend == "epilogue" and whole_windows and torch.is_grad_enabled():
             return self._joined_block(i, stream, x0, weights, rotary, value_embed, damp)
         u, normed, skips = self._enter(i, stream, x0, damp)
         attended = self._attention(
