@@ -476,13 +476,15 @@ def test_replayed_scores_equal_launched_ones(mode: SlotMode) -> None:
     assert torch.equal(replayed, launched)
 
 
-def test_a_process_may_compile_many_scores(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_process_may_compile_many_scores() -> None:
     """A run's scores, each of which compiles `hidden` anew, stay within TorchDynamo's limit."""
-    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 8)
-    Programs.of(random_model(), compiled=False)
-    assert torch._dynamo.config.recompile_limit == 8
-    Programs.of(random_model(), compiled=True)
-    assert torch._dynamo.config.recompile_limit == COMPILED_SCORES > 3 * len(get_args(SlotMode))
+    config: Any = torch._dynamo.config
+    with config.patch(recompile_limit=8):
+        Programs.of(random_model(), compiled=False)
+        assert config.recompile_limit == 8
+        Programs.of(random_model(), compiled=True)
+        assert config.recompile_limit == COMPILED_SCORES > 3 * len(get_args(SlotMode))
+    assert config.recompile_limit < COMPILED_SCORES
 
 
 HOPPER = ModelConfig(
