@@ -3,6 +3,7 @@
 import json
 import sys
 import types
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -408,6 +409,17 @@ def test_a_real_step_sums_to_its_wall_clock(real: Path) -> None:
     (products,) = (c for c in profile.components if c.name == "GEMM MLP")
     assert products.flops == pytest.approx(mlp)
     assert "Source: PyTorch profiler" in (real / "summary.md").read_text()
+
+
+def test_the_gap_without_the_profiler() -> None:
+    """Compared are GPU steps as they run unwatched: kernels as traced, the gap from the clock."""
+    events = [kernel("nvjet", ("aten::mm",), dims=((N, F), (F, D)))]
+    watched = profile_of(events, idle_ms=9.0, step_ms=10.0)
+    plain = replace(watched, unprofiled_ms=1.25).without_profiler()
+    assert (plain.busy_ms, plain.gap_ms, plain.step_ms) == (1.0, 0.25, 1.25)
+    assert replace(watched, unprofiled_ms=0.5).without_profiler().gap_ms == 0.0
+    on_cpu = replace(watched, environment={"device": "cpu"})
+    assert on_cpu.without_profiler() == on_cpu
 
 
 def test_profiles_draw_and_compare(real: Path, tmp_path: Path) -> None:
