@@ -18,10 +18,11 @@ from bench.stopwatch import Subject
 from kernels.mlp import load_backend, mlp
 from trainer.average import Averages
 from trainer.config import MlpBackend
-from trainer.model import GPT, Stream
+from trainer.model import GPT
 from trainer.muon import newton_schulz
 from trainer.optim import Optimizer
 from trainer.parallel import NEWTON_SCHULZ_STEPS
+from trainer.states import Stream
 
 SETS = 2
 """Input sets rotated by the bench; at the record's shapes one set alone exceeds the L2 cache."""

@@ -26,7 +26,8 @@ from torch import Tensor
 from kernels.checks import require_hopper_device
 
 VERSION = "4.0.0b36"
-INSTALL = f'pip install "flash-attn-4[cu13]=={VERSION}"'
+REQUIREMENT = f"flash-attn-4[cu13]=={VERSION}"
+INSTALL = f'pip install "{REQUIREMENT}"'
 
 HEAD_SIZE = 64
 """Heads whose float32 sums of dQ `kernels.heads_triton.sum_at` can read."""

@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 import torch
 
-PACKAGES = ("torch", "triton", "numpy", "sentencepiece", "brotli", "safetensors")
+PACKAGES = ("torch", "triton", "numpy", "sentencepiece", "brotli", "safetensors", "flash-attn-4")
 ROOT = Path(__file__).resolve().parents[1]
 
 

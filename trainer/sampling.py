@@ -8,8 +8,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from trainer.model import GPT, KVCache
+from trainer.model import GPT
 from trainer.progress import Advance
+from trainer.states import KVCache
 
 SPAN = 256
 """Slots of the cache that attention reads come in multiples of this: a step in the first part of a

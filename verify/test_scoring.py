@@ -24,7 +24,7 @@ from trainer import adapt, evaluate, scoring, statistics
 from trainer.causality import probe
 from trainer.config import AttentionBackend, EvalConfig, ModelConfig, PassesBackend, SlotMode
 from trainer.errors import ConfigError
-from trainer.model import GPT, CastWeights
+from trainer.model import GPT
 from trainer.record import RECORD, SMOKE
 from trainer.replay import WARM_UPS, Replayed
 from trainer.scoring import (
@@ -35,6 +35,7 @@ from trainer.scoring import (
     full_windows,
     score,
 )
+from trainer.states import CastWeights
 from trainer.tokens import TokenBytes
 from trainer.windows import plan_windows
 from verify.models import TINY, random_model

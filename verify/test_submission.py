@@ -20,7 +20,7 @@ from typing import Any
 import pytest
 import triton
 
-from kernels import build, variants
+from kernels import build, flash4, variants
 from trainer import codesize, corpus
 from trainer.__main__ import parse
 from trainer.config import SIZE_LIMIT_BYTES, ModelConfig
@@ -316,6 +316,14 @@ def test_folder_tells_what_the_run_measured(
     recorded = run.environment["packages"]
     assert pins["torch"] == recorded["torch"].split("+")[0]
     assert pins["numpy"] == recorded["numpy"]
+
+
+def test_requirements_name_flash4_where_it_is_chosen(submission: Submission) -> None:
+    """The package behind attention `flash4`, which the script imports by name, is asked for."""
+    run = submission.runs[0]
+    assert "flash-attn" not in contents.requirements(run)
+    chosen = dataclasses.replace(run, config=dataclasses.replace(run.config, attention="flash4"))
+    assert flash4.REQUIREMENT in contents.requirements(chosen).splitlines()
 
 
 def test_several_seeds_give_their_mean_and_largest_total(submission: Submission) -> None:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from importlib.metadata import packages_distributions, version
 from typing import Any
 
+from kernels import flash4
 from trainer.collect import SeedSet
 from trainer.config import SlotMode
 from trainer.submission import pack
@@ -137,7 +138,10 @@ def log_text(run: FinishedRun) -> str:
 
 
 def requirements(run: FinishedRun) -> str:
-    """requirements.txt: what the script imports, at the run's versions where it recorded them."""
+    """requirements.txt: what the script imports, at the run's versions where it recorded them.
+
+    Attention `flash4` is imported by name and only where it is chosen.
+    """
     owners = packages_distributions()
     recorded = run.environment["packages"]
     lines: list[str] = []
@@ -146,4 +150,6 @@ def requirements(run: FinishedRun) -> str:
         known = recorded.get(name.lower()) or version(name)
         if known != "not installed":
             lines.append(f"{name}=={known.split('+')[0]}")  # an index has no local versions
+    if run.config.attention == "flash4":
+        lines.append(flash4.REQUIREMENT)
     return "\n".join(sorted(lines, key=str.lower)) + "\n"
