@@ -43,7 +43,7 @@ class Arguments:
     """JSON file for the results."""
     attention: AttentionBackend = RECORD.attention
     """Attention of both."""
-    passes: PassesBackend = RECORD.passes
+    passes: PassesBackend = "triton"
     """What lies between the products of sliding scoring; straight passes have plain PyTorch."""
     mlp: MlpBackend = RECORD.mlp
     """MLP of both."""
@@ -57,6 +57,8 @@ def scale_of(arguments: Arguments) -> Scale:
         raise ConfigError("--rounds must be at least 2")
     if not torch.cuda.is_available():
         raise ConfigError("bench.scoring_ratio needs a CUDA GPU; torch finds none")
+    if arguments.passes == "epilogue":
+        raise ConfigError("--passes epilogue is for training; without gradients it is `triton`")
     base = current()
     chosen = replace(
         base.config, attention=arguments.attention, passes=arguments.passes, mlp=arguments.mlp

@@ -25,16 +25,15 @@ def attend(
     kv_heads: int,
     cos: Tensor,
     sin: Tensor,
-    scale_BT: Tensor | None = None,
 ) -> Tensor:
     """Causal attention [B, T, H, K] between the heads of `qkv`, without its own values.
 
     `split_heads` of kernels/passes.py, `kernels.flash4.attention`, then `exclude_self`, gradients
     too; arguments, bfloat16 on a Hopper GPU with heads of `flash4.HEAD_SIZE`, and errors are
-    theirs. The scale gets no gradient, as there.
+    theirs.
     """
     value_embed = None if value_embed is None else value_embed.contiguous()
-    return _Attend.apply(qkv_BTW.contiguous(), value_embed, gain_H, kv_heads, cos, sin, scale_BT)
+    return _Attend.apply(qkv_BTW.contiguous(), value_embed, gain_H, kv_heads, cos, sin)
 
 
 class _Attend(torch.autograd.Function):
@@ -49,13 +48,12 @@ class _Attend(torch.autograd.Function):
         kv_heads: int,
         cos: Tensor,
         sin: Tensor,
-        scale_BT: Tensor | None,
     ) -> Tensor:
         from kernels import pass_ops
 
-        q, k, v = fused_heads(qkv, value_embed, gain_H, kv_heads, cos, sin, scale_BT)
+        q, k, v = fused_heads(qkv, value_embed, gain_H, kv_heads, cos, sin, None)
         out, lse = flash4.flash_attention(q, k, v)
-        ctx.save_for_backward(qkv, gain_H, cos, sin, scale_BT, q, k, v, out, lse)
+        ctx.save_for_backward(qkv, gain_H, cos, sin, q, k, v, out, lse)
         ctx.has_embed = value_embed is not None
         return pass_ops.exclude_self(out, v)
 
@@ -71,16 +69,16 @@ def attend_backward(
 
     Args:
         grad_BTHK: gradient at its result.
-        saved: qkv, gain_H, cos, sin, the scale or None; q, k, v, attention's output and the
-            logarithms of its rows' sums.
+        saved: qkv, gain_H, cos, sin; q, k, v, attention's output and the logarithms of its rows'
+            sums.
         has_embed: whether there was an embedding of the values.
     """
     from kernels import pass_ops
 
-    q, k, v, out, lse = saved[5:]
+    q, k, v, out, lse = saved[4:]
     d_out, dv_own, row_sums, lse2 = pass_ops.exclude_self_backward_numbers(
         grad_BTHK, out, v, lse, flash4.padded(q.shape[1])
     )
     dq_sums, dk, dv = flash4.flash_attention_backward_sums(d_out, q, k, v, row_sums, lse2)
     grads = (dq_sums, dk, dv, dv_own)
-    return fused_heads_backward(grads, saved[:5], has_embed, q.shape[3] ** -0.5)
+    return fused_heads_backward(grads, (*saved[:4], None), has_embed, q.shape[3] ** -0.5)[:-1]

@@ -398,10 +398,11 @@ class GPT(nn.Module):
         `factor_BT`: what its rows are still to be multiplied by, if anything.
         """
         gain_H, kv_heads = self.block(i).attn.q_gain, self.config.kv_heads
-        heads = (qkv, value_embed, gain_H, kv_heads, *rotary, factor_BT)
-        if self.attention_backend == "flash4" and self.passes_backend != "reference":
+        heads = (qkv, value_embed, gain_H, kv_heads, *rotary)
+        fused = self.passes_backend != "reference"
+        if self.attention_backend == "flash4" and fused and factor_BT is None:
             return heads_flash4.attend(*heads)
-        q, k, v, own_v = passes.split_heads(*heads, backend=self.passes_backend)
+        q, k, v, own_v = passes.split_heads(*heads, factor_BT, backend=self.passes_backend)
         y = layers.causal_attention(q, k, v, self.attention_backend)
         return passes.exclude_self(y, own_v, backend=self.passes_backend)
 

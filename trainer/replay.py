@@ -23,6 +23,7 @@ class Replayed:
 
     def __init__(self, work: Callable[..., None], *inputs: Tensor) -> None:
         self._inputs = tuple(t.clone() for t in inputs)
+        self._work = work  # a graph replays on addresses: what `work` holds must live as long
         aside = torch.cuda.Stream()
         aside.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(aside):

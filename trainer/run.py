@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from kernels.flash4 import require_flash4
+from kernels.flash4 import HEAD_SIZE, require_flash4
 from kernels.heads_cutlass import require_heads
 from kernels.mlp import require_backend
 from kernels.passes import require_passes
@@ -61,6 +61,11 @@ def check_implementations(config: RunConfig) -> None:
         require_backend(config.mlp, config.device)
     except (RuntimeError, ValueError) as error:
         raise ConfigError(f"--mlp {config.mlp} cannot run here: {error}") from error
+    if config.mlp != "reference" and config.compute_dtype != "bfloat16":
+        raise ConfigError(
+            f"--mlp {config.mlp} computes in bfloat16: choose --compute-dtype bfloat16, or "
+            "--mlp reference --passes triton"
+        )
     try:
         model = config.model
         require_passes(
@@ -91,6 +96,11 @@ def _check_attention(config: RunConfig) -> None:
         return
     if config.compute_dtype != "bfloat16":
         raise ConfigError("attention flash4 needs --compute-dtype bfloat16; for float32 use sdpa")
+    if config.passes != "reference" and config.model.head_size != HEAD_SIZE:
+        raise ConfigError(
+            f"attention flash4 between fused passes takes heads of {HEAD_SIZE}, not of "
+            f"{config.model.head_size}: choose --attention cudnn, or --passes reference"
+        )
     try:
         require_flash4(config.device)
     except RuntimeError as error:

@@ -117,7 +117,7 @@ class Sampler:
         torch.cuda.current_stream().wait_stream(stream)
         self.cache.reset()
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # as trainer/replay.py
             self._draw()
         return graph.replay
 

@@ -228,6 +228,13 @@ FAULTS = [
     ),
     Fault(
         "trainer/model.py",
+        "joined blocks are never taken",
+        "whole_windows and torch.is_grad_enabled()",
+        "whole_windows and not torch.is_grad_enabled()",
+        ("verify/test_epilogue.py", "-k", "joined_blocks_equals and sdpa"),
+    ),
+    Fault(
+        "trainer/model.py",
         "the innermost skip of joined blocks forgotten",
         "mix_2D[0] * (1 + self.skip_weights[0])",
         "mix_2D[0] * 1.0",

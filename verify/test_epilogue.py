@@ -92,7 +92,14 @@ epilogue.cutlass = reference  # no CUTLASS on a CPU: its products by their plain
 joined_attention.heads_cutlass = reference
 mlp.load_backend = lambda name: SimpleNamespace(
     up_activation=reference.up_activation, activation=reference.activation, dpre=reference.dpre)
-plain = random_model().requires_grad_()
+plain, halves = random_model().requires_grad_(), 0
+half = epilogue.mlp_half
+
+def counted(*arguments):
+    global halves
+    halves += 1
+    return half(*arguments)
+
 joined = GPT(plain.config, mlp="cutlass", passes="epilogue", attention=sys.argv[1])
 joined.load_state_dict(plain.state_dict())
 ids, targets = torch.randint(64, (2, 2, 24), generator=torch.Generator().manual_seed(0))
@@ -100,6 +107,9 @@ want = plain.loss(ids, targets)
 want.backward()
 got = torch.compile(joined.loss, fullgraph=True, backend="aot_eager")(ids, targets)
 got.backward()
+epilogue.mlp_half = counted
+joined.loss(ids, targets)
+assert halves == plain.config.layers, "every block is joined in training"
 depth = 40 * plain.config.layers * plain.config.width
 budget = rounding_budget(depth, torch.float32)
 check("loss", relative_error(got, want), budget)
@@ -117,6 +127,7 @@ with torch.no_grad():
     assert seen.keys() == plainly.keys() != set()
     for name, x in plainly.items():
         check(name, relative_error(seen[name], x), budget)
+assert halves == plain.config.layers, "and none where no gradient is wanted"
 """
 
 
@@ -158,6 +169,27 @@ def test_joined_blocks_need_cutlass(monkeypatch: pytest.MonkeyPatch) -> None:
         preflight(config)
     with pytest.raises(ValueError, match="need mlp 'cutlass', not 'triton'"):
         GPT(TINY, mlp="triton", passes="epilogue")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"compute_dtype": "float32"}, "--mlp cutlass computes in bfloat16"),
+        (
+            {"attention": "flash4", "passes": "triton", "model": ModelConfig(query_heads=4)},
+            "takes heads of 64, not of 128: choose --attention cudnn, or --passes reference",
+        ),
+    ],
+)
+def test_what_the_kernels_cannot_take_ends_before_any_work(
+    changes: dict[str, Any], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A type or heads that no kernel takes are refused by option, not in the first step."""
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    for name in ("require_flash4", "require_backend"):
+        monkeypatch.setattr(f"trainer.run.{name}", lambda *_: None)
+    with pytest.raises(ConfigError, match=message):
+        preflight(replace(RECORD, **changes))
 
 
 @pytest.mark.hopper

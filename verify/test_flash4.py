@@ -95,13 +95,13 @@ def _heads_then_attention(
 
 @pytest.mark.hopper
 @pytest.mark.usefixtures("_installed")
-@pytest.mark.parametrize(("embed", "scaled"), [(False, False), (True, False), (True, True)])
+@pytest.mark.parametrize("embed", [False, True])
 @pytest.mark.parametrize(
     ("length", "heads"),
     [(60, (8, 4)), (127, (8, 4)), (128, (8, 4)), (2048, (8, 4)), (500, (4, 4)), (500, (8, 2))],
 )
 def test_heads_and_flash4_equal_their_definition(
-    length: int, heads: tuple[int, int], embed: bool, scaled: bool
+    length: int, heads: tuple[int, int], embed: bool
 ) -> None:
     """Output and gradients lie within the budget of plain bfloat16 against float64.
 
@@ -113,13 +113,12 @@ def test_heads_and_flash4_equal_their_definition(
     qkv = torch.randn(B, length, (H + 2 * G) * K, device="cuda").to(BF16)
     value_embed = torch.randn(B, length, G * K, device="cuda").to(BF16)
     gain = torch.rand(H, device="cuda") + 0.5
-    scale = torch.rand(B, length, device="cuda") + 0.5 if scaled else None
     grad = torch.randn(B, length, H, K, device="cuda").to(BF16)
     cos, sin = (t[:length].contiguous().cuda() for t in rotary_tables(ModelConfig()))
 
     def run(attend: Any, dtype: torch.dtype) -> list[Tensor]:
         leaves = [t.detach().to(dtype).requires_grad_() for t in (qkv, value_embed)]
-        output = attend(*leaves, gain.requires_grad_(), G, cos, sin, scale)
+        output = attend(*leaves, gain.requires_grad_(), G, cos, sin)
         used = leaves if embed else leaves[:1]
         d_qkv, *more = torch.autograd.grad(output, used, grad.to(dtype))
         parts = d_qkv.split([H * K, G * K, G * K], dim=-1)
@@ -392,7 +391,7 @@ for name, replacement in flash4_stand_in.replacements().items():
     setattr(flash4, name, replacement)
 for place in ("check_cuda_tensors", "check_rows"):
     setattr(pass_ops, place, lambda **tensors: None)  # the interpreter takes CPU tensors
-(h, g, embed, scaled), k, (b, t) = map(int, sys.argv[1:]), 8, (2, 19)
+(h, g, embed), k, (b, t) = map(int, sys.argv[1:]), 8, (2, 19)
 draw = torch.Generator().manual_seed(0)
 
 def random(*shape):
@@ -400,7 +399,6 @@ def random(*shape):
 
 leaves = [random(b, t, (h + 2 * g) * k), random(h), *([random(b, t, g * k)] if embed else [])]
 angle, grad = random(t, 2), random(b, t, h, k)
-scale = random(b, t).exp() if scaled else None
 
 def plain(*arguments):
     q, k, v = reference.split_heads(*arguments)
@@ -409,7 +407,7 @@ def plain(*arguments):
 def run(attend):
     inputs = [x.clone().requires_grad_() for x in leaves]
     qkv, gain, *more = inputs
-    output = attend(qkv, more[0] if more else None, gain, g, angle.cos(), angle.sin(), scale)
+    output = attend(qkv, more[0] if more else None, gain, g, angle.cos(), angle.sin())
     return output, *torch.autograd.grad(output, inputs, grad)
 
 names = ("out", "dqkv", "dgain", "dembed")[:4 if embed else 3]
@@ -419,10 +417,10 @@ for name, a, e in zip(names, run(heads_flash4.attend), run(plain), strict=True):
 
 
 @pytest.mark.parametrize("heads", [("4", "2"), ("4", "4"), ("4", "1")])
-@pytest.mark.parametrize(("embed", "scaled"), [("0", "0"), ("1", "0"), ("1", "1")])
-def test_heads_and_attention_join(heads: tuple[str, str], embed: str, scaled: str) -> None:
+@pytest.mark.parametrize("embed", ["0", "1"])
+def test_heads_and_attention_join(heads: tuple[str, str], embed: str) -> None:
     """The joint function, interpreted over the stand-in, equals heads, attention, then XSA."""
-    run_interpreted(HEADS, *heads, embed, scaled)
+    run_interpreted(HEADS, *heads, embed)
 
 
 # What is missing is named.
