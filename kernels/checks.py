@@ -44,7 +44,7 @@ def check_linear_add(x_MK: Tensor, w_NK: Tensor, residual_MN: Tensor) -> None:
     check_matrices(x=x_MK, w=w_NK, residual=residual_MN)
     if w_NK.shape[1] != x_MK.shape[1]:
         raise ValueError(f"w [N, K] {tuple(w_NK.shape)} does not fit x [M, K] {tuple(x_MK.shape)}")
-    _check_shape("residual [M, N]", residual_MN, x_MK.shape[0], w_NK.shape[0])
+    check_shape("residual [M, N]", residual_MN, x_MK.shape[0], w_NK.shape[0])
 
 
 def check_up_scaled(x_MD: Tensor, w_up_FD: Tensor, scale_M: Tensor) -> None:
@@ -71,7 +71,7 @@ def check_dpre_scaled(
         raise ValueError(
             f"w_down [D, F] {tuple(w_down_DF.shape)} does not fit go [M, D] {tuple(go_MD.shape)}"
         )
-    _check_shape("post [M, F]", post_MF, go_MD.shape[0], w_down_DF.shape[1])
+    check_shape("post [M, F]", post_MF, go_MD.shape[0], w_down_DF.shape[1])
     check_factors("scale", scale_M, go_MD)
     if signs.dtype != torch.int32 or tuple(signs.shape) != signs_shape:
         raise ValueError(
@@ -92,7 +92,7 @@ def check_norm_gradient(
             f"w_up [F, D] {tuple(w_up_FD.shape)} does not fit dpre [M, F] {tuple(dpre_MF.shape)}"
         )
     for name, tensor in (("go [M, D]", go_MD), ("t [M, D]", t_MD)):
-        _check_shape(name, tensor, dpre_MF.shape[0], w_up_FD.shape[1])
+        check_shape(name, tensor, dpre_MF.shape[0], w_up_FD.shape[1])
     check_factors("factor", factor_M, dpre_MF)
 
 
@@ -153,7 +153,8 @@ def check_power_of_two(**sizes: int) -> None:
     for name, size in sizes.items():
         if size < 1 or size & (size - 1):
             raise ValueError(
-                f"{name} {size} must be a power of two for backend 'triton'; choose 'reference'"
+                f"{name} {size} must be a power of two for the fused passes; choose passes "
+                "'reference'"
             )
 
 
@@ -162,9 +163,18 @@ def _capability(device: torch.device) -> tuple[int, int]:
     return torch.cuda.get_device_capability(device)
 
 
-def _check_shape(name: str, tensor: Tensor, rows: int, columns: int) -> None:
-    if tuple(tensor.shape) != (rows, columns):
-        raise ValueError(f"{name} {tuple(tensor.shape)} must be ({rows}, {columns})")
+def check_shape(name: str, tensor: Tensor, *shape: int) -> None:
+    """The tensor has this shape. Raises ValueError."""
+    if tensor.shape != shape:
+        raise ValueError(f"{name} {tuple(tensor.shape)} must be {shape}")
+
+
+def check_float32(name: str, tensor: Tensor, *shape: int) -> None:
+    """The tensor is float32 and has this shape. Raises ValueError."""
+    if tensor.dtype != torch.float32 or tensor.shape != shape:
+        raise ValueError(
+            f"{name} must be float32 {shape}, not {tensor.dtype} {tuple(tensor.shape)}"
+        )
 
 
 def check_factors(name: str, factors_M: Tensor, rows: Tensor) -> None:

@@ -6,9 +6,9 @@ The joint projection [M, (H + 2 G) K] is read once and leaves as queries, keys a
 backward pass writes one joint gradient, so that the projection's products stay single. A factor of
 each row, left out of the projection's input, is made good on the way. Around flash4's attention
 the backward passes take over what its kernels leave: the rows' numbers they read, and the float32
-sums of dQ they add up. Arithmetic
-is float32 between one load and one store of every element. A rotary partner lies 8 elements away
-in the same cache line; it is loaded a second time rather than exchanged between threads.
+sums of dQ they add up. Arithmetic is float32 between one load and one store of every element. A
+rotary partner lies 8 elements away in the same cache line; it is loaded a second time rather than
+exchanged between threads.
 
 Meaning: `kernels.reference.split_heads` and `exclude_self`.
 
@@ -417,7 +417,12 @@ def exclude_self(y_BTHK: Tensor, v_BTGK: Tensor, block: RowBlock = ROW_BLOCK) ->
 def exclude_self_backward(
     grad_BTHK: Tensor, y_BTHK: Tensor, v_BTGK: Tensor, block: RowBlock = ROW_BLOCK
 ) -> tuple[Tensor, Tensor]:
-    """Gradients at y and v."""
+    """Gradients at y, [B, T, H, K], and v, [B, T, G, K].
+
+    Args:
+        grad_BTHK: gradient at the result of `exclude_self`, contiguous.
+        y_BTHK, v_BTGK: its arguments.
+    """
     dy, dv = torch.empty_like(y_BTHK), v_BTGK.new_empty(v_BTGK.shape)
     _launch_exclude_self_backward(grad_BTHK, y_BTHK, v_BTGK, None, dy, dv, None, None, block)
     return dy, dv

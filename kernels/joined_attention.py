@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from kernels import flash4, heads_cutlass, joined_heads_triton, pass_ops
-from kernels.checks import check_cuda_tensors
+from kernels.checks import check_cuda_tensors, check_float32, check_shape
 from kernels.tiles import HEADS_SUMMING_BLOCK
 
 
@@ -124,7 +124,8 @@ def joined_heads_backward(
     """Gradients before norm, rotary and gain; see `kernels.joined_heads_triton`.
 
     Raises:
-        ValueError: an argument is not on a CUDA device or not contiguous.
+        ValueError: an argument is not on one CUDA device with the others or not contiguous, or its
+            shape or type does not fit; the message names it.
     """
     check_cuda_tensors(
         dq_sums=dq_sums_BHX,
@@ -138,6 +139,14 @@ def joined_heads_backward(
         cos=cos,
         sin=sin,
     )
+    _check_backward(
+        dq_sums_BHX, dk_RBTGK, dv_RBTGK, dv_more_BTGK, heads_MW, inverse_NM, factor_M, gain_H
+    )
+    _, _, T, _, K = dk_RBTGK.shape
+    check_float32("cos [T, half of the dims that turn]", cos, T, cos.shape[-1])
+    check_float32("sin", sin, *cos.shape)
+    if 2 * cos.shape[1] > K:
+        raise ValueError(f"cos {tuple(cos.shape)} turns more dims than the {K} of a head")
     return joined_heads_triton.joined_heads_backward(
         dq_sums_BHX,
         dk_RBTGK,
@@ -171,3 +180,26 @@ def _(
     sums_PH = gain_H.new_empty((HEADS_SUMMING_BLOCK.count(M), len(gain_H)))
     gradients = [torch.empty_like(heads_MW), sums_PH]
     return [*gradients, heads_MW.new_empty((M, G * K))] if embed else gradients
+
+
+def _check_backward(
+    dq_sums_BHX: Tensor,
+    dk_RBTGK: Tensor,
+    dv_RBTGK: Tensor,
+    dv_more_BTGK: Tensor,
+    heads_MW: Tensor,
+    inverse_NM: Tensor,
+    factor_M: Tensor,
+    gain_H: Tensor,
+) -> None:
+    """Shapes and types of gradients and heads. Raises ValueError."""
+    if dk_RBTGK.ndim != 5:
+        raise ValueError(f"dk {tuple(dk_RBTGK.shape)} must have 5 dims, [R, B, T, G, K]")
+    (_, B, T, G, K), H = dk_RBTGK.shape, gain_H.numel()
+    check_shape("dv", dv_RBTGK, *dk_RBTGK.shape)
+    check_shape("dv_more [B, T, G, K]", dv_more_BTGK, B, T, G, K)
+    check_float32("gain [H]", gain_H, H)
+    pass_ops.check_dq_sums(dq_sums_BHX, (B, T, H, K))
+    check_shape("heads [M, W]", heads_MW, B * T, (H + 2 * G) * K)
+    check_float32("inverse [H + G, M]", inverse_NM, H + G, B * T)
+    check_float32("factor [M]", factor_M, B * T)

@@ -13,6 +13,9 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton import knobs
+
+from kernels.checks import check_float32, check_shape
 
 BLOCK = 2048
 TILE = 32
@@ -57,7 +60,14 @@ def nesterov(
         momentum_NRC: contiguous, float32.
         clip: factor on the gradient, 0-dim float32 on its device.
         coefficient: Muon's momentum.
+
+    Raises:
+        ValueError: an argument does not fit; the message names it.
     """
+    _check_master("momentum", momentum_NRC)
+    check_shape("grad [N, R, C]", grad_NRC, *momentum_NRC.shape)
+    check_float32("clip", clip)
+    _check_place(momentum=momentum_NRC, grad=grad_NRC, clip=clip)
     grad_NRC = grad_NRC.contiguous()
     out = torch.empty_like(grad_NRC, dtype=dtype)
     count = grad_NRC.numel()
@@ -73,9 +83,33 @@ def apply_update(weight_NRC: Tensor, update_NRC: Tensor, keep: float, rate: floa
     Args:
         weight_NRC: contiguous, float32.
         update_NRC: of any strides.
+
+    Raises:
+        ValueError: an argument does not fit; the message names it.
     """
+    _check_master("weight", weight_NRC)
+    check_shape("update [N, R, C]", update_NRC, *weight_NRC.shape)
+    _check_place(weight=weight_NRC, update=update_NRC)
     N, R, C = weight_NRC.shape
     grid = (triton.cdiv(C, TILE), triton.cdiv(R, TILE), N)
     apply_update_kernel[grid](
         weight_NRC, update_NRC, keep, rate, R, C, *update_NRC.stride(), TILE=TILE
     )
+
+
+def _check_master(name: str, tensor: Tensor) -> None:
+    """What is renewed in place is a contiguous bank, float32. Raises ValueError."""
+    if tensor.dtype != torch.float32 or tensor.ndim != 3:
+        raise ValueError(
+            f"{name} must be float32 [N, R, C], not {tensor.dtype} {tuple(tensor.shape)}"
+        )
+    if not tensor.is_contiguous():
+        raise ValueError(f"{name} must be contiguous: it is renewed in place")
+
+
+def _check_place(**tensors: Tensor) -> None:
+    """All are on one CUDA device, or interpreted on the CPU. Raises ValueError."""
+    first = next(iter(tensors.values()))
+    for name, tensor in tensors.items():
+        if tensor.device != first.device or not (tensor.is_cuda or knobs.runtime.interpret):
+            raise ValueError(f"{name} is on {tensor.device}; all must be on one CUDA device")

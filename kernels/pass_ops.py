@@ -7,8 +7,14 @@ K head size, W joint width of queries, keys and values, P programs.
 import torch
 from torch import Tensor
 
-from kernels import heads_triton, residual_triton
-from kernels.checks import check_cuda_tensors, check_power_of_two, check_rows
+from kernels import flash4, heads_triton, residual_triton
+from kernels.checks import (
+    check_cuda_tensors,
+    check_float32,
+    check_power_of_two,
+    check_rows,
+    check_shape,
+)
 from kernels.tiles import HEADS_SUMMING_BLOCK, SUMMING_BLOCK
 
 
@@ -25,9 +31,11 @@ def mix_norm(
     """u and n, and t unless it is x itself; arguments of `kernels.reference.mix_norm`, [M, D].
 
     Raises:
-        ValueError: an argument is not on a CUDA device or not contiguous, or D is no power of two.
+        ValueError: an argument is not on one CUDA device with the others or not contiguous, its
+            shape or type does not fit, a skip lacks its weight or the reverse, or D is no power of
+            two; the message names the argument.
     """
-    _check_stream(x=x, branch=branch, skip=skip, x0=x0)
+    _check_entry(mix_2D, skip_weight_D, x=x, branch=branch, skip=skip, x0=x0)
     return residual_triton.mix_norm(x, branch, skip, skip_weight_D, x0, mix_2D, damp)
 
 
@@ -59,7 +67,7 @@ def mix_factor(
     Raises:
         ValueError: as `mix_norm`.
     """
-    _check_stream(x=x, skip=skip, x0=x0)
+    _check_entry(mix_2D, skip_weight_D, x=x, skip=skip, x0=x0)
     return residual_triton.mix_factor(x, skip, skip_weight_D, x0, mix_2D, damp)
 
 
@@ -89,9 +97,13 @@ def mix_norm_backward(
 ) -> list[Tensor]:
     """Gradients at x and x0, partial sums [P, 3, D] of those at a, b and w; dskip if any.
 
-    Without `damp`: those of `mix_factor`; see `kernels.residual_triton.mix_norm_backward`.
+    The sums are float32, all else [M, D]. Without `damp`: those of `mix_factor`. Arguments:
+    `kernels.residual_triton.mix_norm_backward`.
+
+    Raises:
+        ValueError: as `mix_norm`.
     """
-    _check_stream(du=du, dn=dn, dt=dt, t=t, x0=x0, skip=skip)
+    _check_entry(mix_2D, skip_weight_D, t=t, du=du, dn=dn, dt=dt, x0=x0, skip=skip)
     return residual_triton.mix_norm_backward(du, dn, dt, t, x0, skip, skip_weight_D, mix_2D, damp)
 
 
@@ -131,8 +143,12 @@ def _(x: Tensor, branch: Tensor, damp: float) -> tuple[Tensor, Tensor]:
 
 @torch.library.custom_op("fairway::add_norm_backward", mutates_args=())
 def add_norm_backward(dt: Tensor | None, dn: Tensor, t: Tensor, damp: float) -> Tensor:
-    """Gradient at x and at branch, [M, D]."""
-    _check_stream(dt=dt, dn=dn, t=t)
+    """Gradient at x and at branch, [M, D]; so are the gradients dt, if any, and dn, and the sum t.
+
+    Raises:
+        ValueError: as `mix_norm`.
+    """
+    _check_stream(t=t, dt=dt, dn=dn)
     return residual_triton.add_norm_backward(dt, dn, t, damp)
 
 
@@ -156,16 +172,21 @@ def split_heads(
     v is else part of `qkv`. Meaning: `kernels.reference.split_heads`.
 
     Raises:
-        ValueError: an argument is not on a CUDA device or not contiguous, the scale or the tables
-            do not fit, or a number of heads or the head size is no power of two.
+        ValueError: an argument is not on one CUDA device with the others or not contiguous, its
+            shape or type does not fit, or a number of heads or the head size is no power of two.
     """
     check_cuda_tensors(
         qkv=qkv, value_embed=value_embed, gain=gain_H, cos=cos, sin=sin, scale=scale_BT
     )
     _check_scale(scale_BT, qkv)
     _check_tables(cos, sin, qkv)
-    size = qkv.shape[-1] // (len(gain_H) + 2 * kv_heads)
+    B, T, W = qkv.shape
+    size, rest = divmod(W, len(gain_H) + 2 * kv_heads)
+    if rest:
+        raise ValueError(f"qkv's width {W} does not hold {len(gain_H)} + 2 * {kv_heads} heads")
     check_power_of_two(query_heads=len(gain_H), kv_heads=kv_heads, head_size=size)
+    if value_embed is not None:
+        check_shape("value_embed [B, T, G K]", value_embed, B, T, kv_heads * size)
     return heads_triton.split_heads(qkv, value_embed, gain_H, kv_heads, cos, sin, scale_BT=scale_BT)
 
 
@@ -210,14 +231,32 @@ def split_heads_backward(
     is the last columns of the first.
 
     Raises:
-        ValueError: an argument is not on a CUDA device or not contiguous, the scale or the tables
-            do not fit, or dk and dv differ in shape.
+        ValueError: an argument is not on one CUDA device with the others or not contiguous, or its
+            shape or type does not fit; the message names it.
     """
-    check_cuda_tensors(dq=dq, dk=dk, dv=dv, dv_more=dv_more, qkv=qkv, scale=scale_BT)
+    check_cuda_tensors(
+        dq=dq,
+        dk=dk,
+        dv=dv,
+        dv_more=dv_more,
+        qkv=qkv,
+        gain=gain_H,
+        cos=cos,
+        sin=sin,
+        scale=scale_BT,
+    )
     _check_scale(scale_BT, qkv)
     _check_tables(cos, sin, qkv)
     if dk.shape != dv.shape:
         raise ValueError(f"dk {tuple(dk.shape)} and dv {tuple(dv.shape)} must be of one shape")
+    (B, T, _), H, (G, K) = qkv.shape, len(gain_H), dk.shape[-2:]
+    check_shape("dv_more [B, T, G, K]", dv_more, B, T, G, K)
+    check_shape("dk [..., B, T, G, K]", dk, *dk.shape[:-4], B, T, G, K)
+    check_shape("qkv [B, T, (H + 2 G) K]", qkv, B, T, (H + 2 * G) * K)
+    if dq_factor is None:
+        check_shape("dq [B, T, H, K]", dq, B, T, H, K)
+    else:
+        check_dq_sums(dq, (B, T, H, K))
     return heads_triton.split_heads_backward(
         dq,
         dk,
@@ -258,13 +297,15 @@ def _(
 def exclude_self(y_BTHK: Tensor, v_BTGK: Tensor) -> Tensor:
     """Attention's output without its own values; meaning: `kernels.reference.exclude_self`.
 
+    Args:
+        y_BTHK: contiguous.
+        v_BTGK: values; rows at any distance, each contiguous.
+
     Raises:
-        ValueError: as `split_heads`.
+        ValueError: an argument is not on one CUDA device with the others, its layout or shape does
+            not fit, or a number of heads or the head size is no power of two.
     """
-    check_cuda_tensors(y=y_BTHK)
-    check_rows(v=v_BTGK)
-    heads, size = y_BTHK.shape[2:]
-    check_power_of_two(query_heads=heads, kv_heads=v_BTGK.shape[2], head_size=size)
+    _check_self(v_BTGK, y=y_BTHK)
     return heads_triton.exclude_self(y_BTHK, v_BTGK)
 
 
@@ -277,9 +318,16 @@ def _(y_BTHK: Tensor, v_BTGK: Tensor) -> Tensor:
 def exclude_self_backward(
     grad_BTHK: Tensor, y_BTHK: Tensor, v_BTGK: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Gradients at y and v."""
-    check_cuda_tensors(grad=grad_BTHK, y=y_BTHK)
-    check_rows(v=v_BTGK)
+    """Gradients at y, [B, T, H, K], and v, [B, T, G, K], both contiguous.
+
+    Args:
+        grad_BTHK: gradient at the result of `exclude_self`, contiguous.
+        y_BTHK, v_BTGK: its arguments.
+
+    Raises:
+        ValueError: as `exclude_self`.
+    """
+    _check_self(v_BTGK, y=y_BTHK, grad=grad_BTHK)
     return heads_triton.exclude_self_backward(grad_BTHK, y_BTHK, v_BTGK)
 
 
@@ -294,10 +342,18 @@ def exclude_self_backward_numbers(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients at y and v, and what flash4's backward pass asks of every row.
 
-    See `kernels.heads_triton.exclude_self_backward_numbers`.
+    The latter are two float32 [B, H, padded], and `lse_BHT` is float32; see
+    `kernels.heads_triton.exclude_self_backward_numbers`.
+
+    Raises:
+        ValueError: as `exclude_self`, or `padded` rows are fewer than T.
     """
-    check_cuda_tensors(grad=grad_BTHK, y=y_BTHK, lse=lse_BHT)
-    check_rows(v=v_BTGK)
+    _check_self(v_BTGK, y=y_BTHK, grad=grad_BTHK)
+    check_cuda_tensors(y=y_BTHK, lse=lse_BHT)
+    B, T, H, _ = y_BTHK.shape
+    check_float32("lse [B, H, T]", lse_BHT, B, H, T)
+    if padded < T:
+        raise ValueError(f"padded {padded} must be at least the {T} positions of a window")
     return heads_triton.exclude_self_backward_numbers(grad_BTHK, y_BTHK, v_BTGK, lse_BHT, padded)
 
 
@@ -308,6 +364,12 @@ def _(
     B, _, H, _ = y_BTHK.shape
     row_sums, lse2 = (lse_BHT.new_empty((B, H, padded)) for _ in range(2))
     return torch.empty_like(y_BTHK), v_BTGK.new_empty(v_BTGK.shape), row_sums, lse2
+
+
+def check_dq_sums(sums: Tensor, shape: tuple[int, int, int, int]) -> None:
+    """flash4's sums of a dQ whose shape [B, T, H, K] is given. Raises ValueError."""
+    B, T, H, K = shape
+    check_float32("dq as sums [B, H, L K]", sums, B, H, flash4.padded(T) * K)
 
 
 def _check_scale(scale_BT: Tensor | None, qkv: Tensor) -> None:
@@ -330,8 +392,50 @@ def _check_tables(cos: Tensor, sin: Tensor, qkv: Tensor) -> None:
         )
 
 
+def _check_self(v_BTGK: Tensor, **heads_BTHK: Tensor) -> None:
+    """Values of attention, and tensors like its output, one of which is y. Raises ValueError."""
+    check_cuda_tensors(**heads_BTHK)
+    check_rows(v=v_BTGK)
+    y = heads_BTHK["y"]
+    (B, T, H, K), G = y.shape, v_BTGK.shape[2]
+    check_shape("v [B, T, G, K]", v_BTGK, B, T, G, K)
+    for name, tensor in heads_BTHK.items():
+        check_shape(f"{name} [B, T, H, K]", tensor, B, T, H, K)
+    check_power_of_two(query_heads=H, kv_heads=G, head_size=K)
+    if G > H:
+        raise ValueError(f"v has {G} heads, more than the {H} of y")
+    if v_BTGK.device != y.device:
+        raise ValueError(f"v is on {v_BTGK.device}, y on {y.device}")
+
+
+def _check_entry(mix_2D: Tensor, skip_weight_D: Tensor | None, **stream: Tensor | None) -> None:
+    """Weights per channel, and tensors [M, D] over the residual stream. Raises ValueError."""
+    if (stream["skip"] is None) != (skip_weight_D is None):
+        missing = "skip" if stream["skip"] is None else "skip_weight"
+        raise ValueError(f"{missing} is missing: a skip and its weight come together")
+    check_cuda_tensors(**stream, mix=mix_2D, skip_weight=skip_weight_D)
+    width = _width(**stream)
+    check_float32("mix [2, D]", mix_2D, 2, width)
+    if skip_weight_D is not None:
+        check_float32("skip_weight [D]", skip_weight_D, width)
+
+
 def _check_stream(**tensors: Tensor | None) -> None:
-    """Tensors [M, D] over the residual stream."""
+    """Tensors [M, D] over the residual stream, the first of which is given. Raises ValueError."""
     check_cuda_tensors(**tensors)
-    width = next(t.shape[-1] for t in tensors.values() if t is not None)
-    check_power_of_two(width=width)
+    _width(**tensors)
+
+
+def _width(**tensors: Tensor | None) -> int:
+    """D of tensors that must all be [M, D]. Raises ValueError."""
+    first, *others = tensors
+    given = tensors[first]
+    assert given is not None
+    if given.ndim != 2:
+        raise ValueError(f"{first} must have 2 dims, [M, D], not {given.ndim}")
+    for name in others:
+        tensor = tensors[name]
+        if tensor is not None:
+            check_shape(f"{name}, like {first},", tensor, *given.shape)
+    check_power_of_two(width=given.shape[1])
+    return given.shape[1]

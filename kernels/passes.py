@@ -30,8 +30,7 @@ def require_passes(name: str, device: str, **sizes: int) -> None:
     Raises:
         ValueError: unknown backend, one that needs a GPU on a CPU, or sizes it cannot take.
     """
-    if name not in BACKENDS:
-        raise ValueError(f"unknown backend {name!r}; choose one of {', '.join(BACKENDS)}")
+    _require_known(name)
     if name != "reference" and device != "cuda":
         raise ValueError(f"backend {name!r} needs a CUDA device; on a CPU choose 'reference'")
     if name != "reference":
@@ -57,11 +56,12 @@ def mix_norm(
         mix_2D, skip_weight_D: float32.
         damp: factor on the normalised output.
         keep_sum: t is wanted too, as the skip of a later block; there must be a branch or a skip.
-        backend: `reference` or `triton`.
+        backend: one of BACKENDS.
 
     Raises:
-        ValueError: `triton` on tensors it cannot take.
+        ValueError: another backend, or tensors that the fused pass cannot take.
     """
+    _require_known(backend)
     if backend == "reference":
         u, n, t = reference.mix_norm(x, branch, skip, skip_weight_D, x0, mix_2D, damp)
         return u, n, (t if keep_sum else None)
@@ -74,7 +74,12 @@ def mix_norm(
 def add_norm(
     x: Tensor, branch: Tensor, damp: float, *, keep_sum: bool = True, backend: str = "reference"
 ) -> tuple[Tensor, Tensor | None]:
-    """damp norm(x + branch) and, with `keep_sum`, the sum itself; [..., D]."""
+    """damp norm(x + branch) and, with `keep_sum`, the sum itself; [..., D].
+
+    Raises:
+        ValueError: as `mix_norm`.
+    """
+    _require_known(backend)
     if backend == "reference":
         total, n = reference.add_norm(x, branch, damp)
         return n, (total if keep_sum else None)
@@ -98,7 +103,11 @@ def split_heads(
     Each reader of the values sends its own gradient back; the fused pass adds the two on the way.
     The scale, the factor of an RMS norm of the projection's input, gets no gradient: its own is
     the norm's business.
+
+    Raises:
+        ValueError: as `mix_norm`.
     """
+    _require_known(backend)
     if backend == "reference":
         q, k, v = reference.split_heads(qkv, value_embed, gain_H, kv_heads, cos, sin, scale_BT)
         return q, k, v, v
@@ -107,7 +116,12 @@ def split_heads(
 
 
 def exclude_self(y_BTHK: Tensor, v_BTGK: Tensor, *, backend: str = "reference") -> Tensor:
-    """XSA; meaning: `kernels.reference.exclude_self`."""
+    """XSA; meaning: `kernels.reference.exclude_self`.
+
+    Raises:
+        ValueError: as `mix_norm`.
+    """
+    _require_known(backend)
     if backend == "reference":
         return reference.exclude_self(y_BTHK, v_BTGK)
     return _ExcludeSelf.apply(y_BTHK.contiguous(), v_BTGK)
@@ -151,6 +165,11 @@ def fused_heads_backward(
     columns = more[0] if apart else dqkv[..., -dv.shape[-2] * dv.shape[-1] :]
     d_embed = columns if has_embed else None
     return dqkv, d_embed, sums_PH.sum(dim=0), None, None, None, None
+
+
+def _require_known(backend: str) -> None:
+    if backend not in BACKENDS:
+        raise ValueError(f"unknown backend {backend!r}; choose one of {', '.join(BACKENDS)}")
 
 
 def _rows(x: Tensor) -> Tensor:

@@ -11,6 +11,9 @@ The entry of a block gives the norm in one of two forms: as rows n, or as u and 
 for the product that reads them to apply (FACTOR). The second form writes neither n nor the sum t,
 which the backward pass makes again from what it reads anyway.
 
+The operators of kernels/pass_ops.py check the arguments; the functions here trust that all of
+[M, D] are contiguous and of one shape, and that a skip comes with its weight.
+
 Meaning: `kernels.reference.mix_norm`, `mix_factor` and `add_norm`.
 
 Letters: M rows (tokens), D model width, P programs.
@@ -248,7 +251,7 @@ def mix_norm_backward(
         dn: gradient at n; without damp, at u through the product that applies u's factor.
         dt: gradient at t beside what u passes on, or None; without damp, at x.
         t: as the forward pass gave it; without damp, x.
-        x0, skip, skip_weight_D, mix_2D: the forward pass's.
+        x0, skip, skip_weight_D, mix_2D: the forward pass's; weights float32.
         damp: that of `mix_norm`, or None after `mix_factor`.
     """
     M, D = t.shape
@@ -298,7 +301,14 @@ def add_norm(
 def add_norm_backward(
     dt: Tensor | None, dn: Tensor, t: Tensor, damp: float, block: RowBlock = ROW_BLOCK
 ) -> Tensor:
-    """Gradient at x, which is that at branch too, [M, D]."""
+    """Gradient at x, which is that at branch too, [M, D].
+
+    Args:
+        dt: gradient at t beside what n passes on, [M, D], or None.
+        dn: gradient at n.
+        t: as the forward pass gave it.
+        damp: that of `add_norm`.
+    """
     M, D = t.shape
     dx = torch.empty_like(t)
     add_norm_backward_kernel[(triton.cdiv(M, block.rows),)](

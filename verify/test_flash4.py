@@ -211,23 +211,33 @@ def test_the_main_kernel_alone_equals_the_package(length: int) -> None:
 @pytest.mark.hopper
 @pytest.mark.parametrize("length", [1, 100, 128, 2048])
 def test_the_head_pass_reads_the_sums(length: int) -> None:
-    """From flash4's sums the head pass makes what it makes of dq itself, to one rounding."""
+    """From flash4's sums the head pass makes what it makes of dq itself, to one rounding.
+
+    The gains' gradients are compared with float64. Half of dq lies along the finished heads, for
+    a sum that cancels would be within any bound.
+    """
     B, H, G, K = 2, 8, 4, 64
-    dq = torch.randn(B, length, H, K, device="cuda")
     dk, dv, qkv = (
         torch.randn(shape, device="cuda").to(BF16)
         for shape in ((2, B, length, G, K), (2, B, length, G, K), (B, length, (H + 2 * G) * K))
     )
-    tables = (t[:length].contiguous().cuda() for t in rotary_tables(ModelConfig()))
+    tables = [t[:length].contiguous().cuda() for t in rotary_tables(ModelConfig())]
+    heads = reference.rms_norm(qkv[..., : H * K].unflatten(-1, (H, K)).double())
+    heads = reference.rotate(heads, *tables)
+    dq = torch.randn(B, length, H, K, device="cuda") + heads.float()
     rest = (dk, dv, dv[0], qkv, torch.rand(H, device="cuda") + 0.5, *tables, None, False)
     wanted, wanted_gains = pass_ops.split_heads_backward(dq, *rest, None)
     sums = flash4_stand_in.sums_of(8 * dq, flash4.padded(length))
     found, gains = pass_ops.split_heads_backward(sums, *rest, 0.125)
     check("dqkv", relative_error(found, wanted), rounding_budget(1, BF16))
-    terms = B * length * K
-    size = dq.abs().sum().item() * K**0.5
-    error = (gains.sum(0) - wanted_gains.sum(0)).abs().max().item()
-    check("dgain", error, 2 * rounding_budget(2 * terms, torch.float32) * size)
+    exact = (dq.double() * heads).sum((0, 1, 3))
+    # A turned dim is a sum of two products: with absolute terms at most sqrt(2) times as long.
+    lengths = (t.square().sum((0, 1, 3)).sqrt() for t in (dq.double(), heads))
+    sizes = math.sqrt(2) * math.prod(lengths)
+    operations = B * length + 2 * K + 32  # sums over rows, of squares and along a head; the rest
+    for name, lines in (("dgain of dq", wanted_gains), ("dgain of sums", gains)):
+        error = ((lines.sum(0) - exact).abs() / sizes).max().item()
+        check(name, error, rounding_budget(operations, torch.float32))
 
 
 @pytest.mark.hopper

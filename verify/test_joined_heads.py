@@ -286,6 +286,42 @@ def test_bad_arguments_are_named(
         heads_cutlass.check_project_heads(*_changed(**changes))
 
 
+@pytest.mark.parametrize(
+    ("name", "value", "words"),
+    [
+        ("dq_sums", torch.zeros(1, 2, 64), r"dq as sums .* must be float32 \(1, 2, 1024\)"),
+        ("dq_sums", torch.zeros(1, 2, 1024, dtype=BF16), "dq as sums .* must be float32"),
+        ("dk", torch.zeros(1, 3, 1, 8), "dk .* must have 5 dims"),
+        ("dv", torch.zeros(1, 1, 3, 1, 8), "dv .* must be"),
+        ("dv_more", torch.zeros(1, 2, 1, 8), "dv_more .* must be"),
+        ("heads", torch.zeros(3, 24), r"heads \[M, W\] .* must be \(3, 32\)"),
+        ("inverse", torch.zeros(2, 3), r"inverse .* must be float32 \(3, 3\)"),
+        ("inverse", torch.zeros(3, 3, dtype=BF16), "inverse .* must be float32"),
+        ("factor", torch.zeros(2), r"factor .* must be float32 \(3,\)"),
+        ("gain", torch.ones(2, dtype=BF16), "gain .* must be float32"),
+        ("cos", torch.zeros(2, 2), "cos .* must be float32"),
+        ("sin", torch.zeros(3, 1), r"sin must be float32 \(3, 2\)"),
+    ],
+)
+def test_bad_arguments_of_the_backward_pass_are_named(
+    name: str, value: Tensor, words: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A shape or type with which the pass would read past an end, or misread, is refused."""
+    from kernels import joined_attention
+
+    shapes = {
+        "dq_sums": (1, 2, 8 * flash4.padded(3)), "dk": (2, 1, 3, 1, 8), "dv": (2, 1, 3, 1, 8),
+        "dv_more": (1, 3, 1, 8), "heads": (3, 32), "inverse": (3, 3), "factor": (3,),
+        "gain": (2,), "cos": (3, 2), "sin": (3, 2),
+    }  # fmt: skip
+    fitting = {n: torch.zeros(s) for n, s in shapes.items()}
+    with pytest.raises(ValueError, match="dq_sums is on cpu"):
+        joined_attention.joined_heads_backward(*fitting.values(), False)
+    monkeypatch.setattr(joined_attention, "check_cuda_tensors", lambda **_: None)
+    with pytest.raises(ValueError, match=words):
+        joined_attention.joined_heads_backward(*(fitting | {name: value}).values(), False)
+
+
 def test_a_run_with_other_heads_stops_before_any_work(monkeypatch: pytest.MonkeyPatch) -> None:
     """With flash4, joined blocks take one shape of heads; without it, the passes take any."""
     monkeypatch.setattr(run, "require_backend", lambda *_: None)

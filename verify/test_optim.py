@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import math
+from typing import Any
 
 import numpy as np
 import pytest
@@ -198,6 +199,38 @@ def test_fused_muon_equals_its_formula_in_the_interpreter() -> None:
 def test_fused_muon_equals_its_formula_on_the_gpu() -> None:
     """The same, compiled."""
     exec(FUSED.replace("DEVICE", "cuda"), {})
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "words"),
+    [
+        ("momentum", torch.zeros(2, 3, 4, dtype=torch.bfloat16), "momentum must be float32"),
+        ("momentum", torch.zeros(2, 4, 3).mT, "momentum must be contiguous"),
+        ("grad", torch.zeros(2, 3, 3), r"grad \[N, R, C\] .* must be \(2, 3, 4\)"),
+        ("clip", torch.ones(1), "clip must be float32"),
+        ("clip", torch.tensor(1), "clip must be float32"),
+        ("weight", torch.zeros(2, 3, 4, dtype=torch.bfloat16), "weight must be float32"),
+        ("weight", torch.zeros(2, 4, 3).mT, "weight must be contiguous"),
+        ("update", torch.zeros(1, 3, 4), r"update \[N, R, C\] .* must be \(2, 3, 4\)"),
+    ],
+)
+def test_fused_muon_names_what_does_not_fit(name: str, value: torch.Tensor, words: str) -> None:
+    """Type, layout, shape and place of banks are checked before a kernel reads or writes them."""
+    from kernels import muon_triton
+
+    bank = torch.zeros(2, 3, 4)
+    given = {"grad": bank, "momentum": bank, "clip": torch.ones(()), "weight": bank, "update": bank}
+
+    def run(grad: Any, momentum: Any, clip: Any, weight: Any, update: Any) -> None:
+        if name in ("weight", "update"):
+            muon_triton.apply_update(weight, update, 0.9, 0.1)
+        else:
+            muon_triton.nesterov(grad, momentum, clip, 0.9, torch.float32)
+
+    with pytest.raises(ValueError, match=words):
+        run(**given | {name: value})
+    with pytest.raises(ValueError, match="is on cpu; all must be on one CUDA device"):
+        run(**given)
 
 
 def test_every_parameter_has_one_group() -> None:

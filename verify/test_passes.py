@@ -286,6 +286,154 @@ def test_rotary_tables_cover_every_position(monkeypatch: pytest.MonkeyPatch) -> 
 # What is refused.
 
 
+@pytest.fixture
+def _anywhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tensors on the CPU are let through, so that what else is asked of them is reached."""
+    for place in ("check_cuda_tensors", "check_rows"):
+        monkeypatch.setattr(pass_ops, place, lambda **_: None)
+
+
+def _entry(**changes: Any) -> dict[str, Any]:
+    """Fitting arguments of the entry of a block, but for their place, some of them changed."""
+    names = ("x", "branch", "skip", "x0", "t", "du", "dn", "dt")
+    fitting = {name: torch.zeros(4, 8, dtype=BF16) for name in names}
+    weights = {"skip_weight_D": torch.zeros(8), "mix_2D": torch.zeros(2, 8), "damp": 0.5}
+    return fitting | weights | changes
+
+
+ENTRIES = {
+    pass_ops.mix_norm: ("x", "branch", "skip", "skip_weight_D", "x0", "mix_2D", "damp"),
+    pass_ops.mix_factor: ("x", "skip", "skip_weight_D", "x0", "mix_2D", "damp"),
+    pass_ops.mix_norm_backward: (
+        "du", "dn", "dt", "t", "x0", "skip", "skip_weight_D", "mix_2D", "damp",
+    ),
+    pass_ops.add_norm: ("x", "branch", "damp"),
+    pass_ops.add_norm_backward: ("dt", "dn", "t", "damp"),
+}  # fmt: skip
+"""Operators over the residual stream, and their arguments by name."""
+
+
+@pytest.mark.usefixtures("_anywhere")
+@pytest.mark.parametrize("operator", ENTRIES, ids=str)
+def test_rows_of_another_shape_are_refused(operator: Any) -> None:
+    """A tensor shorter or narrower than the stream is named: a kernel would read past its end."""
+    names = [name for name in ENTRIES[operator] if name not in ("skip_weight_D", "mix_2D", "damp")]
+    for name in names:
+        for shape in ((3, 8), (4, 4), (4, 8, 1)):
+            given = _entry(**{name: torch.zeros(shape, dtype=BF16)})
+            # Where the first is the odd one, it is another that does not fit.
+            with pytest.raises(ValueError, match=rf"\b{name}\b"):
+                operator(*(given[n] for n in ENTRIES[operator]))
+
+
+@pytest.mark.usefixtures("_anywhere")
+@pytest.mark.parametrize(
+    "operator", [pass_ops.mix_norm, pass_ops.mix_factor, pass_ops.mix_norm_backward], ids=str
+)
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"skip_weight_D": None}, "skip_weight is missing"),
+        ({"skip": None}, "skip is missing"),
+        ({"skip_weight_D": torch.zeros(4)}, r"skip_weight \[D\] must be float32 \(8,\)"),
+        ({"skip_weight_D": torch.zeros(8, dtype=BF16)}, r"skip_weight \[D\] must be float32"),
+        ({"mix_2D": torch.zeros(8)}, r"mix \[2, D\] must be float32 \(2, 8\)"),
+        ({"mix_2D": torch.zeros(2, 8, dtype=BF16)}, r"mix \[2, D\] must be float32"),
+    ],
+)
+def test_weights_of_an_entry_that_do_not_fit_are_refused(
+    operator: Any, changes: dict[str, Any], words: str
+) -> None:
+    """A skip comes with its weight and the reverse; weights are float32, one a channel."""
+    given = _entry(**changes)
+    with pytest.raises(ValueError, match=words):
+        operator(*(given[name] for name in ENTRIES[operator]))
+
+
+def test_place_and_layout_of_the_weights_are_checked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Mix and skip weight are asked for the stream's device and for contiguity, like the stream."""
+    seen: dict[str, Tensor | None] = {}
+    monkeypatch.setattr(pass_ops, "check_cuda_tensors", lambda **tensors: seen.update(tensors))
+    given = _entry(mix_2D=torch.zeros(2, 4))
+    for operator in (pass_ops.mix_norm, pass_ops.mix_factor, pass_ops.mix_norm_backward):
+        seen.clear()
+        with pytest.raises(ValueError, match="mix"):
+            operator(*(given[name] for name in ENTRIES[operator]))
+        assert {"x0", "mix", "skip_weight"} <= seen.keys()
+
+
+@pytest.mark.usefixtures("_anywhere")
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"padded": 2}, "padded 2 must be at least the 3 positions"),
+        ({"lse": torch.zeros(2, 4, 2)}, r"lse \[B, H, T\] must be float32 \(2, 4, 3\)"),
+        ({"lse": torch.zeros(2, 4, 3).double()}, r"lse .* must be float32"),
+        ({"grad": torch.zeros(2, 3, 2, 8)}, "grad .* must be"),
+        ({"v": torch.zeros(2, 2, 2, 8)}, "v .* must be"),
+        ({"v": torch.zeros(2, 3, 8, 8)}, "v has 8 heads, more than the 4"),
+        ({"v": torch.zeros(2, 3, 3, 8)}, "kv_heads 3 must be a power of two"),
+    ],
+)
+def test_rows_numbers_that_do_not_fit_are_refused(changes: dict[str, Any], words: str) -> None:
+    """Rows past the last position are written too, but never fewer rows than positions."""
+    heads = {name: torch.zeros(2, 3, 4, 8) for name in ("grad", "y")}
+    others = {"v": torch.zeros(2, 3, 2, 8), "lse": torch.zeros(2, 4, 3), "padded": 4}
+    given = heads | others | changes
+    with pytest.raises(ValueError, match=words):
+        pass_ops.exclude_self_backward_numbers(*given.values())
+    if not {"padded", "lse"} & changes.keys():
+        with pytest.raises(ValueError, match=words):
+            pass_ops.exclude_self_backward(given["grad"], given["y"], given["v"])
+
+
+@pytest.mark.usefixtures("_anywhere")
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"dq": torch.zeros(1, 2, 1, 8)}, r"dq \[B, T, H, K\]"),
+        ({"dq_factor": 0.5}, r"dq as sums .* must be float32 \(1, 2, 1024\)"),
+        ({"dk": torch.zeros(3, 1, 1, 2, 8), "dv": torch.zeros(3, 1, 1, 2, 8)}, r"dk \[\.\.\."),
+        ({"dv_more": torch.zeros(1, 1, 2, 8)}, "dv_more"),
+        ({"qkv": torch.zeros(1, 2, 40)}, "qkv"),
+    ],
+)
+def test_gradients_at_heads_that_do_not_fit_are_refused(
+    changes: dict[str, Any], words: str
+) -> None:
+    """Every gradient has a row for each position; flash4's sums fill whole tiles."""
+    given = {name: torch.zeros(1, 2, 2, 8) for name in ("dq", "dk", "dv", "dv_more")}
+    given |= {"qkv": torch.zeros(1, 2, 48), "gain": torch.ones(2)}
+    tables = {"cos": torch.zeros(2, 2), "sin": torch.zeros(2, 2)}
+    rest = {"scale": None, "embed_apart": False, "dq_factor": None}
+    with pytest.raises(ValueError, match=words):
+        pass_ops.split_heads_backward(*(given | tables | rest | changes).values())
+
+
+@pytest.mark.usefixtures("_anywhere")
+def test_a_joint_projection_that_does_not_fit_is_refused() -> None:
+    """Its width holds whole heads, and there is a value embedding for each of its rows."""
+    heads = (torch.ones(2), 1, torch.zeros(3, 2), torch.zeros(3, 2), None)
+    with pytest.raises(ValueError, match=r"width 34 does not hold 2 \+ 2 \* 1 heads"):
+        pass_ops.split_heads(torch.zeros(1, 3, 34), None, *heads)
+    with pytest.raises(ValueError, match=r"value_embed .* must be \(1, 3, 8\)"):
+        pass_ops.split_heads(torch.zeros(1, 3, 32), torch.zeros(1, 2, 8), *heads)
+
+
+def test_an_unknown_backend_is_no_fused_one() -> None:
+    """Each pass refuses a name that it does not know before it looks at a tensor."""
+    x, heads, one = torch.zeros(2, 8), torch.zeros(1, 2, 1, 8), torch.ones(1)
+    calls = (
+        lambda: passes.mix_norm(x, x, torch.zeros(2, 8), 1.0, backend="tritn"),
+        lambda: passes.add_norm(x, x, 1.0, backend="tritn"),
+        lambda: passes.split_heads(x, None, one, 1, x, x, backend="tritn"),
+        lambda: passes.exclude_self(heads, heads, backend="tritn"),
+    )
+    for call in calls:
+        with pytest.raises(ValueError, match="unknown backend 'tritn'; choose one of reference"):
+            call()
+
+
 @given(st.integers(1, 4096))
 def test_only_powers_of_two_are_taken(size: int) -> None:
     """Sizes that Triton cannot block are named, with the way out."""
