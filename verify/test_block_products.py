@@ -337,7 +337,7 @@ def test_bad_arguments_of_norm_gradient_are_named(arguments: Any, words: str) ->
 def test_machine_code_spills_nothing(op: str) -> None:
     """Each default variant is warp-group products and bulk copies, without spills or warnings."""
     name = PLANS[op].variant
-    code = hopper_code.read(build.build([name]))
+    code = hopper_code.read(hopper_code.cutlass_library(name))
     rows, columns, depth = VARIANTS[name].tile
     assert code.opcodes["HGMMA"] >= (rows // 64) * (columns / 256) * (depth // 16)
     assert code.opcodes["UTMALDG"] >= {"up_scaled": 2, "norm_gradient": 4}.get(op, 3)

@@ -382,7 +382,7 @@ def test_other_gpus_are_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None
 @pytest.fixture(scope="module")
 def default_library() -> Path:
     """A library of the default backward variant alone."""
-    return build.build([DPRE_PLAN.variant])
+    return hopper_code.cutlass_library(DPRE_PLAN.variant)
 
 
 @pytest.mark.nvcc

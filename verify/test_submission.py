@@ -4,7 +4,6 @@ Real processes run the packed script in an empty folder.
 """
 
 import ast
-import ctypes
 import dataclasses
 import importlib.util
 import json
@@ -203,17 +202,30 @@ def test_packed_cuda_sources_are_the_same_tokens(folder: Path) -> None:
 
 
 @pytest.mark.nvcc
-def test_packed_script_compiles_its_kernels(folder: Path) -> None:
-    """nvcc makes a library of what the script unpacks; one variant, for it takes a minute."""
-    result = subprocess.run(
-        [sys.executable, "train_gpt.py", "-m", "kernels.build",
-         "--variant", variants.HEADS_PLAN.variant],
-        cwd=folder, capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    assert result.returncode == 0, result.stderr
-    (built,) = (_unpacked(folder) / ".cache" / "kernels").glob("*.so")
-    library = ctypes.CDLL(str(built))
-    assert hasattr(library, f"fairway_{variants.HEADS_PLAN.variant}")
+@pytest.mark.parametrize("plan", [variants.HEADS_PLAN, variants.NORM_GRADIENT_PLAN])
+def test_packed_cuda_sources_are_preprocessed_alike(
+    plan: variants.Plan, folder: Path, tmp_path: Path
+) -> None:
+    """What the compiler proper sees is the repository's: macros, pragmas and includes resolved."""
+    variant = variants.VARIANTS[plan.variant]
+    seen: list[str] = []
+    for number, sources in enumerate(
+        (ROOT / "kernels" / "cuda", _unpacked(folder) / "kernels" / "cuda")
+    ):
+        unit = tmp_path / f"{number}.cu"
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(build, "SOURCES", sources)
+            unit.write_text(build.instantiate(variant))
+        folders = (sources, *build.find_headers())
+        result = subprocess.run(
+            [build.find_nvcc(), "-std=c++17", "--expt-relaxed-constexpr", "-arch=sm_90a",
+             *(f"-I{path}" for path in folders), "-E", unit],
+            capture_output=True, text=True, check=True,
+        )  # fmt: skip
+        lines = [line for line in result.stdout.splitlines() if not line.startswith("# ")]
+        seen.append("".join("".join(lines).split()))  # white space apart, as the tokens are equal
+    assert seen[0] == seen[1]
+    assert f"fairway_{plan.variant}" in seen[0]
 
 
 def test_script_says_what_it_leaves_out(folder: Path) -> None:
