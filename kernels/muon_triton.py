@@ -1,4 +1,4 @@
-# pyright: reportCallIssue=false, reportGeneralTypeIssues=false
+# pyright: reportArgumentType=false, reportCallIssue=false, reportGeneralTypeIssues=false
 # (the type checker does not know what triton.jit makes of a function)
 """Muon's elementwise work in Triton: momentum before the orthogonalisation, the update after it.
 
