@@ -350,7 +350,7 @@ def test_plan_of_another_operator_is_refused(monkeypatch: pytest.MonkeyPatch) ->
 def test_machine_code_spills_nothing() -> None:
     """The default variant is warp-group products and bulk copies, without spills or warnings."""
     name = HEADS_PLAN.variant
-    code = hopper_code.read(build.build([name]))
+    code = hopper_code.read(hopper_code.cutlass_library(name))
     rows, columns, depth = VARIANTS[name].tile
     assert code.opcodes["HGMMA"] >= (rows // 64) * (columns / 256) * (depth // 16)
     assert code.opcodes["UTMALDG"] >= 2
