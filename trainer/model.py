@@ -269,8 +269,9 @@ class GPT(nn.Module):
         """
         damp = 1 / math.sqrt(i + 1)
         whole_windows = cache is None and observe is None and last is None
-        # For training alone: over joined blocks without gradients TorchInductor (2.11) spends
-        # minutes, most of them in printing its own graph.
+        # For training alone. TorchInductor 2.11 prints an operator that it meets for the first time
+        # with all that leads to it, and scoring's last block brings `triton`'s operators after ten
+        # joined ones: minutes of printing.
         if self.passes_backend == "epilogue" and whole_windows and torch.is_grad_enabled():
             return self._joined_block(i, stream, x0, weights, rotary, value_embed, damp)
         u, normed, skips = self._enter(i, stream, x0, damp)
