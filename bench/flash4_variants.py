@@ -107,14 +107,15 @@ def backward_chains(
     `package` lets the package's helper kernels run between them; `handed over` is the model's way.
     Each gives the gradients at qkv, the value embedding (None) and the gains.
     """
-    of_heads = (qkv_BTW, gain_H, cos, sin, None)
+    of_heads = (qkv_BTW, gain_H, cos, sin)
     q, k, v = fused_heads(qkv_BTW, None, gain_H, kv_heads, cos, sin, None)
     out, lse = flash4.flash_attention(q, k, v)
 
     def through_the_package() -> tuple[Tensor | None, ...]:
         d_out, dv_own = pass_ops.exclude_self_backward(grad_BTHK, out, v)
         dq, dk, dv = by_member(d_out, q, k, v, out, lse)
-        return fused_heads_backward((dq, dk, dv, dv_own), of_heads, has_embed=False)[:3]
+        grads = (dq, dk, dv, dv_own)
+        return fused_heads_backward(grads, (*of_heads, None), has_embed=False)[:3]
 
     def handed_over() -> tuple[Tensor | None, ...]:
         saved = (*of_heads, q, k, v, out, lse)

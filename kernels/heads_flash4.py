@@ -73,12 +73,28 @@ def attend_backward(
             sums.
         has_embed: whether there was an embedding of the values.
     """
+    grads = attention_backward(grad_BTHK, *saved[4:])
+    scale = grad_BTHK.shape[3] ** -0.5
+    return fused_heads_backward(grads, (*saved[:4], None), has_embed, scale)[:-1]
+
+
+def attention_backward(
+    grad_BTHK: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Backward pass of XSA after attention, up to the heads.
+
+    Args:
+        grad_BTHK: gradient at XSA's result, contiguous.
+        q, k, v: the heads, [B, T, H, K] and [B, T, G, K].
+        out, lse: attention's results.
+
+    Returns:
+        dQ as flash4's float32 sums, without the softmax's scale; dK and dV apart, [R, B, T, G, K];
+        and XSA's own gradient at v.
+    """
     from kernels import pass_ops
 
-    q, k, v, out, lse = saved[4:]
     d_out, dv_own, row_sums, lse2 = pass_ops.exclude_self_backward_numbers(
         grad_BTHK, out, v, lse, flash4.padded(q.shape[1])
     )
-    dq_sums, dk, dv = flash4.flash_attention_backward_sums(d_out, q, k, v, row_sums, lse2)
-    grads = (dq_sums, dk, dv, dv_own)
-    return fused_heads_backward(grads, (*saved[:4], None), has_embed, q.shape[3] ** -0.5)[:-1]
+    return *flash4.flash_attention_backward_sums(d_out, q, k, v, row_sums, lse2), dv_own

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kernels import flash4, heads_cutlass, joined_heads_triton, pass_ops
+from kernels import flash4, heads_cutlass, heads_flash4, joined_heads_triton, pass_ops
 from kernels.checks import check_cuda_tensors, check_float32, check_shape
 from kernels.tiles import HEADS_SUMMING_BLOCK
 
@@ -95,13 +95,8 @@ class _Attend(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         rows_MD, w_WD, *saved, out, lse = ctx.saved_tensors
         q, k, v = views(saved[0], out.shape[0], ctx.kv_heads, out.shape[2])
-        d_out, dv_own, row_sums, lse2 = pass_ops.exclude_self_backward_numbers(
-            grads[0].contiguous(), out, v, lse, flash4.padded(out.shape[1])
-        )
-        dq_sums, dk, dv = flash4.flash_attention_backward_sums(d_out, q, k, v, row_sums, lse2)
-        d_joint, sums_PH, *more = joined_heads_backward(
-            dq_sums, dk, dv, dv_own, *saved, ctx.has_embed
-        )
+        d_heads = heads_flash4.attention_backward(grads[0].contiguous(), q, k, v, out, lse)
+        d_joint, sums_PH, *more = joined_heads_backward(*d_heads, *saved, ctx.has_embed)
         d_embed = more[0] if more else None
         d_rows, d_w = d_joint @ w_WD, d_joint.t() @ rows_MD
         return d_rows, d_w, None, d_embed, sums_PH.sum(dim=0), None, None, None, None

@@ -426,6 +426,35 @@ for name, a, e in zip(names, run(heads_flash4.attend), run(plain), strict=True):
 """
 
 
+CHAINS = """
+import torch
+from bench.flash4_variants import backward_chains
+from kernels import flash4, pass_ops
+from verify import flash4_stand_in
+from verify.tolerance import check, relative_error, rounding_budget
+
+for name, replacement in flash4_stand_in.replacements().items():
+    setattr(flash4, name, replacement)
+for place in ("check_cuda_tensors", "check_rows"):
+    setattr(pass_ops, place, lambda **tensors: None)  # the interpreter takes CPU tensors
+(b, t), h, g, k = (2, 19), 4, 2, 8
+draw = torch.Generator().manual_seed(0)
+qkv, gain, angle, grad = (
+    torch.randn(shape, generator=draw)
+    for shape in ((b, t, (h + 2 * g) * k), (h,), (t, 2), (b, t, h, k)))
+ways = backward_chains(qkv, gain, g, angle.cos(), angle.sin(), grad)
+for name, a, e in zip(("dqkv", "dembed", "dgain"), *(way() for way in ways.values()), strict=True):
+    assert (a is None) == (e is None) == (name == "dembed")
+    if a is not None:
+        check(name, relative_error(a, e), rounding_budget(64 * k * (b * t + h), torch.float32))
+"""
+
+
+def test_both_backward_chains_of_the_bench_give_the_same() -> None:
+    """Through the package's helper kernels or handed over, interpreted over the stand-in."""
+    run_interpreted(CHAINS)
+
+
 @pytest.mark.parametrize("heads", [("4", "2"), ("4", "4"), ("4", "1")])
 @pytest.mark.parametrize("embed", ["0", "1"])
 def test_heads_and_attention_join(heads: tuple[str, str], embed: str) -> None:
