@@ -13,7 +13,8 @@ class Variant:
     Attributes:
         op: of the MLP, `dpre` (backward), `up` (forward, two stores) or `activation` (forward
             without act_grad, one store); of a block, whose epilogues take over passes beside the
-            products, `linear_add`, `up_scaled`, `dpre_scaled`, `norm_gradient` or `heads`.
+            products, `linear_add`, `up_scaled`, `dpre_scaled`, `norm_gradient`, `heads` or
+            `exclude_self`.
         tile: rows, columns and depth of a threadblock's tile.
         cluster: threadblocks that share loads by multicast, along M and N.
         epilogue: rows and columns the epilogue handles at a time.
@@ -32,6 +33,7 @@ class Variant:
         "dpre_scaled",
         "norm_gradient",
         "heads",
+        "exclude_self",
     ]
     tile: tuple[int, int, int]
     cluster: Pair
@@ -83,6 +85,8 @@ _ALL = (
     Variant("norm_gradient", (128, 256, 64), (2, 1), (128, 32), "Cooperative"),
     Variant("heads", (128, 128, 64), (1, 2), (64, 64), "PingPong"),
     Variant("heads", (128, 256, 64), (2, 1), (128, 64), "Cooperative"),
+    Variant("exclude_self", (128, 128, 64), (1, 2), (64, 64), "PingPong"),
+    Variant("exclude_self", (128, 128, 64), (2, 1), (64, 64), "PingPong"),
 )
 """Fastest first, then what the kernel table compares it with; kernels/NOTES.md has those tried
 and dropped."""
@@ -127,3 +131,5 @@ signs in the layout they are stored in."""
 NORM_GRADIENT_PLAN = Plan("norm_gradient_pingpong_128x128x64_c1x2_e64x64_s2", max_swizzle=2)
 
 HEADS_PLAN = Plan("heads_pingpong_128x128x64_c1x2_e64x64_s2", max_swizzle=2)
+
+EXCLUDE_SELF_PLAN = Plan("exclude_self_pingpong_128x128x64_c1x2_e64x64_s2", max_swizzle=2)

@@ -90,25 +90,16 @@ struct TakeScaled<cutlass::Array<T, N>> {
 
 template <class V>
 struct NormGradientGemm {
-  using Descriptor =
-      collective::EpilogueDescriptor<typename V::Tile, typename V::EpilogueTile, Element, Element,
-                                     typename V::Schedule::Epilogue>;
-  using AuxDescriptor = collective::AuxLoadDescriptor<Descriptor, RowMajor, Element>;
-  using LoadT =
-      fusion::Sm90AuxLoad<AuxDescriptor::Stages, typename Descriptor::EpilogueTile, Element,
-                          typename AuxDescriptor::Stride, typename AuxDescriptor::SmemLayoutAtom,
-                          typename AuxDescriptor::CopyOpS2R, kAlignment, false>;
+  using Rows = AuxLoad<V, Element>;
   using Sum = fusion::Sm90EVT<Compute<cutlass::plus, float>, fusion::Sm90AccFetch,
                               fusion::Sm90SrcFetch<Element>>;
-  using Tree = fusion::Sm90EVT<Compute<TakeScaled, Element>, RowFactor<V>, LoadT, Sum>;
+  using Tree = fusion::Sm90EVT<Compute<TakeScaled, Element>, RowFactor<V>, typename Rows::Node, Sum>;
   using Fused = FusedGemm<V, RowMajor, Element, Tree>;
-  static_assert(AuxDescriptor::Stages == Fused::kLoads, "t and go share their load pipeline");
+  static_assert(Rows::kStages == Fused::kLoads, "t and go share their load pipeline");
 
   static int run(Element const* dpre, Element const* w_up, Element const* go, Element const* t,
                  float const* factor, Element* dt, int m, int d, int f, Launch const& launch) {
-    auto stride = cutlass::make_cute_packed_stride(typename AuxDescriptor::Stride{}, {m, d, 1});
-    typename Fused::TreeArguments tree{
-        {factor}, {t, Element(0), stride}, {{}, {}, {}}, {}};
+    typename Fused::TreeArguments tree{{factor}, Rows::arguments(t, m, d), {{}, {}, {}}, {}};
     return Fused::run(m, d, f, dpre, w_up, go, dt, tree, launch);
   }
 };

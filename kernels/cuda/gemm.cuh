@@ -149,6 +149,24 @@ struct FusedGemm {
 namespace fusion = cutlass::epilogue::fusion;
 namespace collective = cutlass::epilogue::collective::detail;
 
+// A matrix [M,N] that an epilogue reads beside C, `ElementC`; N may be columns of wider rows.
+template <class V, class ElementC>
+struct AuxLoad {
+  using Descriptor =
+      collective::EpilogueDescriptor<typename V::Tile, typename V::EpilogueTile, ElementC, Element,
+                                     typename V::Schedule::Epilogue>;
+  using Aux = collective::AuxLoadDescriptor<Descriptor, RowMajor, Element>;
+  static constexpr int kStages = Aux::Stages;
+  using Node = fusion::Sm90AuxLoad<kStages, typename Descriptor::EpilogueTile, Element,
+                                   typename Aux::Stride, typename Aux::SmemLayoutAtom,
+                                   typename Aux::CopyOpS2R, kAlignment, /*EnableNullptr=*/false>;
+
+  static typename Node::Arguments arguments(Element const* matrix, int m, int row_width) {
+    auto stride = cutlass::make_cute_packed_stride(typename Aux::Stride{}, {m, row_width, 1});
+    return {matrix, Element(0), stride};
+  }
+};
+
 // Where the backward epilogue takes act_grad from: an auxiliary TMA load beside the main loop's,
 // or the GEMM's C operand, whose shared memory is reused for the output.
 enum class Operand { kAux, kSource };
@@ -158,22 +176,14 @@ struct DpreGemm;
 
 template <class V>
 struct DpreGemm<V, Operand::kAux> {
-  using Descriptor =
-      collective::EpilogueDescriptor<typename V::Tile, typename V::EpilogueTile, void, Element,
-                                     typename V::Schedule::Epilogue>;
-  using AuxDescriptor = collective::AuxLoadDescriptor<Descriptor, RowMajor, Element>;
-  using ActGrad =
-      fusion::Sm90AuxLoad<AuxDescriptor::Stages, typename Descriptor::EpilogueTile, Element,
-                          typename AuxDescriptor::Stride, typename AuxDescriptor::SmemLayoutAtom,
-                          typename AuxDescriptor::CopyOpS2R, kAlignment, false>;
+  using ActGrad = AuxLoad<V, void>;
   using Tree = fusion::Sm90EVT<fusion::Sm90Compute<cutlass::multiplies, Element, float, kRound>,
-                               fusion::Sm90AccFetch, ActGrad>;
+                               fusion::Sm90AccFetch, typename ActGrad::Node>;
   using Fused = FusedGemm<V, RowMajor, void, Tree>;
 
   static int run(Element const* go, Element const* w_down, Element const* act_grad, Element* dpre,
                  int m, int f, int d, Launch const& launch) {
-    auto stride = cutlass::make_cute_packed_stride(typename AuxDescriptor::Stride{}, {m, f, 1});
-    typename Fused::TreeArguments tree{{}, {act_grad, Element(0), stride}, {}};
+    typename Fused::TreeArguments tree{{}, ActGrad::arguments(act_grad, m, f), {}};
     return Fused::run(m, f, d, go, w_down, nullptr, dpre, tree, launch);
   }
 };

@@ -17,6 +17,53 @@ namespace fairway {
 constexpr int kHeadSize = 64;
 constexpr int kHalf = 8;  // dims 0..7 of a head turn against dims 8..15
 
+// A thread's share of one head: the fragment of an epilogue piece that is one head wide.
+//
+// wgmma's accumulators of 64 columns: pairs of neighbours, in two rows 8 apart, in 8 groups of 8
+// columns. A row's columns lie in 4 neighbouring lanes, a column and its rotary partner in one.
+template <class V>
+struct HeadFragment {
+  static constexpr int kValues = 32;
+  static constexpr int kRows = 2;
+  static constexpr int kRowStep = 8;
+  static constexpr int kPieceRows = cute::size<0>(typename V::EpilogueTile{});
+  static constexpr int kPiecesM = cute::size<0>(typename V::Tile{}) / kPieceRows;
+  static constexpr int kTileRows = kPiecesM * kRows;  // of one thread
+  static_assert(cute::size<1>(typename V::EpilogueTile{}) == kHeadSize, "a piece holds one head");
+  static_assert(cute::size(typename V::EpilogueTile{}) == kValues * V::Schedule::kThreads);
+
+  CUTLASS_HOST_DEVICE static constexpr int row_of(int i) { return i / 2 % 2; }
+
+  // Columns from the thread's first.
+  CUTLASS_HOST_DEVICE static constexpr int column_of(int i) { return i / 4 * 8 + i % 2; }
+
+  // Rows from the thread's first.
+  CUTLASS_HOST_DEVICE static constexpr int row_at(int epi_m, int half) {
+    return epi_m * kPieceRows + half * kRowStep;
+  }
+
+  // The sum of a row's terms over the lanes that share it.
+  CUTLASS_DEVICE static float over_lanes(float sum) {
+    sum += __shfl_xor_sync(0xffffffffu, sum, 1);
+    return sum + __shfl_xor_sync(0xffffffffu, sum, 2);
+  }
+
+  // Whether elements lie as said above, by their coordinates from the thread's first.
+  template <class Layout>
+  static constexpr bool as_expected(Layout const& coordinates) {
+    for (int at = 0; at < int(cute::size(coordinates)); ++at) {
+      int const i = at % kValues, piece = at / kValues;
+      int const row = row_at(piece % kPiecesM, row_of(i));
+      int const column = piece / kPiecesM * kHeadSize + column_of(i);
+      auto const found = coordinates(at);
+      if (int(cute::get<0>(found)) != row || int(cute::get<1>(found)) != column) {
+        return false;
+      }
+    }
+    return true;
+  }
+};
+
 struct FinishHeadsArguments {
   float const* factor;         // [M]
   Element const* value_embed;  // [M, G 64], or null
@@ -34,58 +81,29 @@ template <class V>
 struct FinishHeads : Node<FinishHeadsArguments> {
   using Node<FinishHeadsArguments>::Node;
 
-  // wgmma's accumulators of 64 columns: pairs of neighbours, in two rows 8 apart, in 8 groups of 8
-  // columns. A row's columns lie in 4 neighbouring lanes, a column and its rotary partner in one.
-  static constexpr int kValues = 32;
-  static constexpr int kRows = 2;
-  static constexpr int kRowStep = 8;
-  static constexpr int kPiecesM =
-      cute::size<0>(typename V::Tile{}) / cute::size<0>(typename V::EpilogueTile{});
-  static constexpr int kTileRows = kPiecesM * kRows;  // of one thread
-  static_assert(cute::size<1>(typename V::EpilogueTile{}) == kHeadSize, "a piece holds one head");
-  static_assert(cute::size(typename V::EpilogueTile{}) == kValues * V::Schedule::kThreads);
-
-  CUTLASS_DEVICE static constexpr int row_of(int i) { return i / 2 % 2; }
-
-  // Whether elements lie as said above, by their coordinates from the thread's first.
-  template <class Layout>
-  static constexpr bool as_expected(Layout const& coordinates) {
-    constexpr int kPieceRows = cute::size<0>(typename V::EpilogueTile{});
-    for (int at = 0; at < int(cute::size(coordinates)); ++at) {
-      int const i = at % kValues, piece = at / kValues;
-      int const row = piece % kPiecesM * kPieceRows + row_of(i) * kRowStep;
-      int const column = piece / kPiecesM * kHeadSize + i / 4 * 8 + i % 2;
-      auto const found = coordinates(at);
-      if (int(cute::get<0>(found)) != row || int(cute::get<1>(found)) != column) {
-        return false;
-      }
-    }
-    return true;
-  }
+  using Head = HeadFragment<V>;
 
   struct ConsumerStoreCallbacks : fusion::detail::EmptyConsumerStoreCallbacks {
     FinishHeadsArguments const& params;
     int rows;    // M
     int row;     // this thread's first
     int column;  // likewise
-    float factor[kTileRows];
-    float2 cos[kTileRows];  // of this thread's two columns in every group of 8
-    float2 sin[kTileRows];
+    float factor[Head::kTileRows];
+    float2 cos[Head::kTileRows];  // of this thread's two columns in every group of 8
+    float2 sin[Head::kTileRows];
 
     CUTLASS_DEVICE ConsumerStoreCallbacks(FinishHeadsArguments const& params_, int rows_, int row_,
                                           int column_)
         : params(params_), rows(rows_), row(row_), column(column_) {}
 
-    CUTLASS_DEVICE int row_at(int epi_m, int half) const {
-      return row + epi_m * int(cute::size<0>(typename V::EpilogueTile{})) + half * kRowStep;
-    }
+    CUTLASS_DEVICE int row_at(int epi_m, int half) const { return row + Head::row_at(epi_m, half); }
 
     // All that a tile's rows need, in one go: the loads wait together.
     CUTLASS_DEVICE void begin() {
       CUTLASS_PRAGMA_UNROLL
-      for (int r = 0; r < kTileRows; ++r) {
+      for (int r = 0; r < Head::kTileRows; ++r) {
         // Rows past the last are computed like it and never stored.
-        int const known = cute::min(row_at(r / kRows, r % kRows), rows - 1);
+        int const known = cute::min(row_at(r / Head::kRows, r % Head::kRows), rows - 1);
         int const position = known - params.window.div(known) * params.window.divisor;
         int const at = position * kHalf + column % kHalf;
         factor[r] = __ldg(params.factor + known);
@@ -98,7 +116,7 @@ struct FinishHeads : Node<FinishHeadsArguments> {
     CUTLASS_DEVICE cutlass::Array<Element, N> visit(cutlass::Array<Accumulator, N> const&, int,
                                                     int epi_m, int epi_n,
                                                     cutlass::Array<float, N> const& acc) {
-      static_assert(N == kValues, "a fragment holds this thread's share of a head");
+      static_assert(N == Head::kValues, "a fragment holds this thread's share of a head");
       int const head = column / kHeadSize + epi_n;
       cutlass::Array<float, N> out;
       if (head < params.query_heads + params.kv_heads) {
@@ -109,22 +127,20 @@ struct FinishHeads : Node<FinishHeadsArguments> {
       return cutlass::NumericArrayConverter<Element, float, N, kRound>{}(out);
     }
 
-    CUTLASS_DEVICE void turn(cutlass::Array<float, kValues>& out,
-                             cutlass::Array<float, kValues> const& acc, int head, int epi_m) {
+    CUTLASS_DEVICE void turn(cutlass::Array<float, Head::kValues>& out,
+                             cutlass::Array<float, Head::kValues> const& acc, int head, int epi_m) {
       float const gain = head < params.query_heads ? __ldg(params.gain + head) : 1.f;
       CUTLASS_PRAGMA_UNROLL
-      for (int half = 0; half < kRows; ++half) {
-        int const r = epi_m * kRows + half;
+      for (int half = 0; half < Head::kRows; ++half) {
+        int const r = epi_m * Head::kRows + half;
         float sum = 0;
         CUTLASS_PRAGMA_UNROLL
-        for (int i = 0; i < kValues; ++i) {
-          if (row_of(i) == half) {
+        for (int i = 0; i < Head::kValues; ++i) {
+          if (Head::row_of(i) == half) {
             sum += acc[i] * acc[i];
           }
         }
-        sum += __shfl_xor_sync(0xffffffffu, sum, 1);
-        sum += __shfl_xor_sync(0xffffffffu, sum, 2);
-        float const mean = factor[r] * factor[r] * sum / kHeadSize;
+        float const mean = factor[r] * factor[r] * Head::over_lanes(sum) / kHeadSize;
         float const inverse = rsqrtf(mean + std::numeric_limits<float>::epsilon());
         int const at = row_at(epi_m, half);
         if (column % kHeadSize == 0 && at < rows) {
@@ -132,8 +148,8 @@ struct FinishHeads : Node<FinishHeadsArguments> {
         }
         float const scale = gain * inverse * factor[r];
         CUTLASS_PRAGMA_UNROLL
-        for (int i = 0; i < kValues; ++i) {
-          if (row_of(i) != half) {
+        for (int i = 0; i < Head::kValues; ++i) {
+          if (Head::row_of(i) != half) {
             continue;
           }
           float const c = i % 2 ? cos[r].y : cos[r].x;
@@ -149,13 +165,13 @@ struct FinishHeads : Node<FinishHeadsArguments> {
       }
     }
 
-    CUTLASS_DEVICE void add_embedding(cutlass::Array<float, kValues>& out,
-                                      cutlass::Array<float, kValues> const& acc, int head,
+    CUTLASS_DEVICE void add_embedding(cutlass::Array<float, Head::kValues>& out,
+                                      cutlass::Array<float, Head::kValues> const& acc, int head,
                                       int epi_m) {
       bool const reads = params.value_embed != nullptr && head < params.kv_heads;
       CUTLASS_PRAGMA_UNROLL
-      for (int half = 0; half < kRows; ++half) {
-        int const r = epi_m * kRows + half;
+      for (int half = 0; half < Head::kRows; ++half) {
+        int const r = epi_m * Head::kRows + half;
         int64_t const known = cute::min(row_at(epi_m, half), rows - 1);
         Element const* const embed = params.value_embed +
                                      (known * params.kv_heads + head) * kHeadSize +
@@ -175,7 +191,7 @@ struct FinishHeads : Node<FinishHeadsArguments> {
   template <bool ReferenceSrc, class... Args>
   CUTLASS_DEVICE auto get_consumer_store_callbacks(
       fusion::detail::ConsumerStoreArgs<Args...> const& args) {
-    static_assert(as_expected(decltype(args.tCcD.layout()){}), "another order of elements");
+    static_assert(Head::as_expected(decltype(args.tCcD.layout()){}), "another order of elements");
     auto [M, N, K, L] = args.problem_shape_mnkl;
     return ConsumerStoreCallbacks(this->params, int(M),
                                   int(M) - int(cute::get<0>(args.residue_tCcD)),

@@ -176,12 +176,19 @@ struct Signs {
   // A thread's four words; null where the tile lies outside the matrix.
   template <class Pointer, class Args>
   CUTLASS_DEVICE static Pointer place(Pointer signs, Args const& args) {
+    Pointer const first = tile(signs, args);
+    return first == nullptr ? nullptr : first + args.thread_idx;
+  }
+
+  // The first thread's words of a tile; null likewise.
+  template <class Pointer, class Args>
+  CUTLASS_DEVICE static Pointer tile(Pointer signs, Args const& args) {
     auto [M, N, K, L] = args.problem_shape_mnkl;
     auto [m, n, k, l] = args.tile_coord_mnkl;
     int const rows = cute::ceil_div(int(M), int(cute::size<0>(args.tile_shape_mnk)));
     int const columns = cute::ceil_div(int(N), int(cute::size<1>(args.tile_shape_mnk)));
     bool const inside = int(m) < rows && int(n) < columns;
-    return inside ? signs + (int64_t(m) * columns + int(n)) * kThreads + args.thread_idx : nullptr;
+    return inside ? signs + (int64_t(m) * columns + int(n)) * kThreads : nullptr;
   }
 };
 
@@ -239,6 +246,29 @@ struct ActivationBackwardArguments {
 template <class V>
 struct ActivationBackward : Node<ActivationBackwardArguments> {
   using Node<ActivationBackwardArguments>::Node;
+
+  // The load warp runs a tile ahead: it has the tile's signs brought from memory to L2, so that the
+  // epilogue, which waits for them before its first value, waits less.
+  struct ProducerLoadCallbacks : fusion::detail::EmptyProducerLoadCallbacks {
+    uint4 const* tile;  // null where it lies outside the matrix
+
+    CUTLASS_DEVICE explicit ProducerLoadCallbacks(uint4 const* tile_) : tile(tile_) {}
+
+    CUTLASS_DEVICE void begin() {
+      if (tile != nullptr && cute::elect_one_sync()) {
+        constexpr uint32_t kBytes = Signs<V>::kThreads * sizeof(uint4);
+        asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(
+                         __cvta_generic_to_global(tile)),
+                     "r"(kBytes));
+      }
+    }
+  };
+
+  template <class... Args>
+  CUTLASS_DEVICE auto get_producer_load_callbacks(
+      fusion::detail::ProducerLoadArgs<Args...> const& args) {
+    return ProducerLoadCallbacks(Signs<V>::tile(this->params.signs, args));
+  }
 
   template <class Rows>
   struct ConsumerStoreCallbacks : fusion::detail::EmptyConsumerStoreCallbacks {
