@@ -23,7 +23,14 @@ from rich.table import Table
 from torch import Tensor
 
 from bench.stopwatch import Subject, time_interleaved
-from kernels import cutlass, heads_cutlass, pass_ops, reference, residual_triton
+from kernels import (
+    cutlass,
+    exclude_self_cutlass,
+    heads_cutlass,
+    pass_ops,
+    reference,
+    residual_triton,
+)
 from kernels.variants import UP_SCALED_PLAN, VARIANTS, Plan
 from trainer import environment, files, layers
 from trainer.config import ModelConfig
@@ -89,6 +96,10 @@ def cases(arguments: Arguments) -> dict[str, Case]:
     cos, sin = (table.cuda() for table in layers.rotary_tables(shape))
     window = len(cos)
     w_qkv = normal(d + 2 * shape.kv_width, d, scale=d**-0.5)
+    joint = F.linear(h, w_qkv)
+    value = joint.view(-1, window, len(w_qkv))[..., -shape.kv_width :]
+    value = value.unflatten(-1, (shape.kv_heads, -1))
+    lse = torch.zeros(m // window, shape.query_heads, window, device="cuda")
     heads = (torch.full((shape.query_heads,), 1.5, device="cuda"), shape.kv_heads, cos, sin)
     return {
         "joint projection": Case(
@@ -102,6 +113,17 @@ def cases(arguments: Arguments) -> dict[str, Case]:
                 factor.view(-1, window),
             ),
             "product, split_heads",
+        ),
+        "gradient at attention's output": Case(
+            "exclude_self",
+            lambda p: exclude_self_cutlass.run_exclude_self_gradient(
+                go, w_out, x, joint, shape.query_heads, window, window, plan=p
+            ),
+            lambda: go @ w_out,
+            lambda: pass_ops.exclude_self_backward_numbers(
+                *(t.view(*lse.mT.shape, -1) for t in (go @ w_out, x)), value, lse, window
+            ),
+            "product, exclude_self backward",
         ),
         "out-projection": Case(
             "linear_add",

@@ -1,13 +1,13 @@
 """The fused passes at the record's shapes on a GPU, beside torch.compile and the memory floor.
 
-    python -m bench.passes --out passes.json [--blocks]
+    python -m bench.passes --out passes.json [--blocks] [--passes mix_factor ...]
 
 Every subject runs in one process on random data, interleaved. The floor is the bytes a pass must
 move (each input read once, each output written once) at the copy rate measured beside it.
 """
 
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,10 +20,11 @@ from torch import Tensor
 
 from bench.scale import Scale, current
 from bench.stopwatch import Subject, time_interleaved
-from kernels import heads_triton, reference, residual_triton
+from kernels import flash4, heads_triton, joined_heads_triton, reference, residual_triton
 from kernels.tiles import HEADS_SUMMING_BLOCK, ROW_BLOCK, SUMMING_BLOCK, RowBlock
 from profiles import ceilings
 from trainer import environment, files
+from trainer.errors import ConfigError, FairwayError
 from trainer.layers import rotary_tables
 
 MAPPING = (RowBlock(1, 1), RowBlock(2, 2), RowBlock(2, 4), RowBlock(4, 4), RowBlock(4, 8))
@@ -32,6 +33,12 @@ SUMMING = tuple(
     for rows, warps in ((1, 1), (1, 2), (2, 2), (2, 4), (4, 4), (4, 8))
     for programs in (528, 1056, 2112)
 )
+PAIRED = tuple(
+    RowBlock(rows, warps, programs)
+    for rows, warps in ((2, 2), (2, 4), (4, 4), (4, 8), (8, 4), (8, 8))
+    for programs in (1056, 2112, 4224)
+)
+"""For a pass that takes rows in pairs."""
 DAMP = 0.5
 
 
@@ -43,20 +50,25 @@ class Arguments:
     """JSON file for the results."""
     blocks: bool = False
     """Time every pass with several block shapes."""
+    passes: tuple[str, ...] = ()
+    """Names of those to time; without a name, all."""
     rounds: int = 30
     """Measured rounds."""
 
 
 @dataclass(frozen=True)
 class Pass:
-    """One pass: its kernel, its plain meaning (forward and backward in one), its traffic."""
+    """One pass: its kernel, its plain meaning, its traffic."""
 
     kernel: Callable[[RowBlock], Any]
-    plain: Callable[[], Any]
+    plain: Callable[[], Any] | None
+    """None where the compiler has no such form of it."""
     tensors: Callable[[], Iterable[Tensor]]
     """Everything read and written, for the floor."""
     summing: RowBlock | None = None
     """Block shape of a pass that sums over rows; none: one that does not."""
+    blocks: tuple[RowBlock, ...] = MAPPING
+    """Shapes to try."""
 
 
 def passes(scale: Scale) -> dict[str, Pass]:
@@ -81,8 +93,23 @@ def passes(scale: Scale) -> dict[str, Pass]:
         chosen = None if s is None else w
         return residual_triton.mix_norm_backward(du, dn, None, t, x0, s, chosen, mix, DAMP, b)
 
+    def entered(b: RowBlock, s: Tensor | None) -> Sequence[Tensor]:
+        return residual_triton.mix_factor(x, s, None if s is None else w, x0, mix, DAMP, b)
+
+    def entered_back(b: RowBlock, s: Tensor | None) -> list[Tensor]:
+        chosen = None if s is None else w
+        return residual_triton.mix_norm_backward(du, dn, None, t, x0, s, chosen, mix, None, b)
+
+    finished = scale.normal(m, (h + 2 * g) * k)
+    inverse, factor, sums = (
+        torch.rand(*shape, device=scale.device) + 0.5
+        for shape in ((h + g, m), (m,), (scale.windows, h, flash4.padded(c.seq_len) * k))
+    )
+
     compiled_mix = torch.compile(reference.mix_norm)
+    compiled_factor = torch.compile(reference.mix_factor)
     compiled_add = torch.compile(reference.add_norm)
+    compiled_joined = torch.compile(reference.project_heads_backward)
     compiled_heads = torch.compile(reference.split_heads)
     compiled_xsa = torch.compile(reference.exclude_self)
     plain_heads_backward = _gradients(
@@ -98,6 +125,16 @@ def passes(scale: Scale) -> dict[str, Pass]:
             lambda b: mixed(b, skip),
             lambda: compiled_mix(x, branch, skip, w, x0, mix, DAMP),
             lambda: (x, branch, skip, x0, *mixed(ROW_BLOCK, skip)),
+        ),
+        "mix_factor": Pass(
+            lambda b: entered(b, None),
+            lambda: compiled_factor(x, None, None, x0, mix, DAMP),
+            lambda: (x, x0, *entered(ROW_BLOCK, None)),
+        ),
+        "mix_factor, skip": Pass(
+            lambda b: entered(b, skip),
+            lambda: compiled_factor(x, skip, w, x0, mix, DAMP),
+            lambda: (x, skip, x0, *entered(ROW_BLOCK, skip)),
         ),
         "add_norm": Pass(
             lambda b: residual_triton.add_norm(x, branch, DAMP, b),
@@ -123,6 +160,7 @@ def passes(scale: Scale) -> dict[str, Pass]:
             ),
             lambda: (du, dn, t, x0, *mixed_back(SUMMING_BLOCK, None)[:2]),
             summing=SUMMING_BLOCK,
+            blocks=SUMMING,
         ),
         "mix_norm backward, skip": Pass(
             lambda b: mixed_back(b, skip),
@@ -133,6 +171,30 @@ def passes(scale: Scale) -> dict[str, Pass]:
             ),
             lambda: (du, dn, t, x0, skip, *mixed_back(SUMMING_BLOCK, None)[:2], skip),
             summing=SUMMING_BLOCK,
+            blocks=SUMMING,
+        ),
+        "mix_factor backward": Pass(
+            lambda b: entered_back(b, None),
+            None,
+            lambda: (du, dn, t, x0, *entered_back(SUMMING_BLOCK, None)[:2]),
+            summing=SUMMING_BLOCK,
+            blocks=SUMMING,
+        ),
+        "mix_factor backward, skip": Pass(
+            lambda b: entered_back(b, skip),
+            None,
+            lambda: (du, dn, t, x0, skip, *entered_back(SUMMING_BLOCK, None)[:2], skip),
+            summing=SUMMING_BLOCK,
+            blocks=SUMMING,
+        ),
+        "joined_heads backward": Pass(
+            lambda b: joined_heads_triton.joined_heads_backward(
+                sums, dk_apart, dv_apart, dv_more, finished, inverse, factor, gain, cos, sin, b
+            ),
+            lambda: compiled_joined(finished, finished, inverse, factor, gain, cos, sin),
+            lambda: (sums, dk_apart, dv_apart, dv_more, finished[:, : (h + g) * k], finished),
+            summing=HEADS_SUMMING_BLOCK,
+            blocks=PAIRED,
         ),
         "add_norm backward": Pass(
             lambda b: residual_triton.add_norm_backward(dt, dn, t, DAMP, b),
@@ -146,6 +208,7 @@ def passes(scale: Scale) -> dict[str, Pass]:
             plain_heads_backward,
             lambda: (dq, dk, dv, dv_more, qkv, qkv),
             summing=HEADS_SUMMING_BLOCK,
+            blocks=SUMMING,
         ),
         "split_heads backward, by member": Pass(
             lambda b: heads_triton.split_heads_backward(
@@ -154,6 +217,7 @@ def passes(scale: Scale) -> dict[str, Pass]:
             plain_heads_backward,  # of the sums, which it does not form
             lambda: (dq, dk_apart, dv_apart, dv_more, qkv, qkv),
             summing=HEADS_SUMMING_BLOCK,
+            blocks=SUMMING,
         ),
         "exclude_self backward": Pass(
             lambda b: heads_triton.exclude_self_backward(grad, y, v, b),
@@ -184,14 +248,16 @@ def measure(arguments: Arguments) -> dict[str, Any]:
     scale = current()
     roof = ceilings.measure(scale.device.type)
     results: dict[str, Any] = {"copy_gbytes_per_s": roof.gbytes, "passes": {}}
-    for name, one in passes(scale).items():
+    made = passes(scale)
+    if strange := sorted(set(arguments.passes) - made.keys()):
+        raise ConfigError(f"no pass {', '.join(strange)}; choose of {', '.join(made)}")
+    for name in arguments.passes or made:
+        one = made[name]
         own = one.summing or ROW_BLOCK
-        blocks = (SUMMING if one.summing else MAPPING) if arguments.blocks else ()
-        subjects: dict[str, Subject] = {
-            "kernel": lambda i, p=one, b=own: p.kernel(b),
-            "torch.compile": lambda i, p=one: p.plain(),
-        }
-        for block in blocks:
+        subjects: dict[str, Subject] = {"kernel": lambda i, p=one, b=own: p.kernel(b)}
+        if one.plain is not None:
+            subjects["torch.compile"] = lambda i, plain=one.plain: plain()
+        for block in one.blocks if arguments.blocks else ():
             subjects[name_of(block)] = lambda i, p=one, b=block: p.kernel(b)
         times = time_interleaved(
             subjects, rounds=arguments.rounds, warm_up_rounds=3, device=scale.device.type
@@ -219,14 +285,14 @@ def show(results: dict[str, Any]) -> None:
         table.add_column(heading)
     for name, row in results["passes"].items():
         ms = {subject: timing["median_ms"] for subject, timing in row["ms"].items()}
-        kernel, compiled = ms.pop("kernel"), ms.pop("torch.compile")
+        kernel, compiled = ms.pop("kernel"), ms.pop("torch.compile", None)
         best = min(ms, key=lambda b: ms[b]) if ms else ""
         table.add_row(
             name,
             f"{row['floor_ms']:.3f}",
             f"{kernel:.3f}",
-            f"{compiled:.3f}",
-            f"{kernel / compiled:.2f}",
+            f"{compiled:.3f}" if compiled else "",
+            f"{kernel / compiled:.2f}" if compiled else "",
             f"{best}: {ms[best]:.3f}" if best else "",
         )
     Console(width=140).print(table)
@@ -238,8 +304,12 @@ def main() -> int:
     if not torch.cuda.is_available():
         print("error: bench.passes needs a CUDA GPU; torch finds none", file=sys.stderr)
         return 2
-    results = measure(arguments)
-    files.write_json(arguments.out, {"environment": environment.describe(), **results})
+    try:
+        results = measure(arguments)
+        files.write_json(arguments.out, {"environment": environment.describe(), **results})
+    except FairwayError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
     show(results)
     return 0
 

@@ -1,25 +1,38 @@
-"""Joint projection, attention `flash4` and XSA as one differentiable function.
+"""The first half of a block, attention `flash4` and XSA included, as one differentiable function.
 
 The projection's epilogue finishes the heads (kernels/heads_cutlass.py), and attention reads them
-where they lie, side by side. Backward, XSA and attention are as in kernels/heads_flash4.py, and one
-pass makes the joint gradient of the finished heads' own; the products of the projection's backward
-pass are left to the compiler.
+where they lie, side by side; the out-projection adds the stream. Backward, the out-projection's
+product has XSA's backward pass in its epilogue (kernels/exclude_self_cutlass.py) where a key/value
+head serves two query heads; else both are as in kernels/heads_flash4.py. One pass makes the joint
+gradient of the finished heads' own. Products whose epilogue is empty are left to the compiler.
 
 Letters: M rows (tokens), D model width, B windows, T positions, H query heads, G key/value heads,
-K head size, W joint width (H + 2 G) K, P programs, L positions of whole tiles of flash4's, R = H/G.
+K head size, N = H K, W joint width (H + 2 G) K, P programs or partial sums, L positions of whole
+tiles of flash4's, R = H/G.
 """
 
+import math
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from kernels import flash4, heads_cutlass, heads_flash4, joined_heads_triton, pass_ops
+from kernels import (
+    cutlass,
+    exclude_self_cutlass,
+    flash4,
+    heads_cutlass,
+    heads_flash4,
+    joined_heads_triton,
+    pass_ops,
+)
 from kernels.checks import check_cuda_tensors, check_float32, check_shape
+from kernels.exclude_self_cutlass import MEMBERS
 from kernels.tiles import HEADS_SUMMING_BLOCK
 
 
-def attend(
+def attention_half(
     rows_BTD: Tensor,
     w_WD: Tensor,
     factor_BT: Tensor,
@@ -28,8 +41,10 @@ def attend(
     kv_heads: int,
     cos: Tensor,
     sin: Tensor,
-) -> Tensor:
-    """Causal attention [B, T, H, K] of factor rows @ w^T, without its own values.
+    w_out_DN: Tensor,
+    residual_BTD: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """residual + attention(factor rows @ w^T) @ w_out^T, without each head's own value.
 
     Args:
         rows_BTD: bfloat16 on a Hopper GPU.
@@ -41,6 +56,11 @@ def attend(
         kv_heads: G.
         cos: float32 [T, `heads_cutlass.HALF`].
         sin: likewise.
+        w_out_DN: bfloat16.
+        residual_BTD: bfloat16, the stream that the half joins.
+
+    Returns:
+        The stream [B, T, D], and partial sums [M, P] of the squares of its rows.
 
     Raises:
         ValueError: an argument does not fit; the message names it, or says what to choose instead.
@@ -50,11 +70,22 @@ def attend(
         raise ValueError(f"cos has {len(cos)} positions, windows {rows_BTD.shape[1]}")
     if value_embed is not None:
         value_embed = value_embed.flatten(0, 1).contiguous()
-    windows = rows_BTD.shape[0]
-    rows_MD, factor_M = (t.flatten(0, 1).contiguous() for t in (rows_BTD, factor_BT))
-    return _Attend.apply(
-        rows_MD, w_WD.contiguous(), factor_M, value_embed, gain_H, kv_heads, cos, sin, windows
+    rows_MD, factor_M, residual_MD = (
+        t.flatten(0, 1).contiguous() for t in (rows_BTD, factor_BT, residual_BTD)
     )
+    t_MD, squares_MP = _AttentionHalf.apply(
+        rows_MD,
+        w_WD.contiguous(),
+        factor_M,
+        value_embed,
+        gain_H,
+        kv_heads,
+        cos,
+        sin,
+        w_out_DN.contiguous(),
+        residual_MD,
+    )
+    return t_MD.view_as(residual_BTD), squares_MP
 
 
 def views(heads_MW: Tensor, windows: int, kv_heads: int, query_heads: int) -> list[Tensor]:
@@ -64,7 +95,7 @@ def views(heads_MW: Tensor, windows: int, kv_heads: int, query_heads: int) -> li
     return list(heads.split([query_heads, kv_heads, kv_heads], dim=2))
 
 
-class _Attend(torch.autograd.Function):
+class _AttentionHalf(torch.autograd.Function):
     """The operators, each way."""
 
     @staticmethod
@@ -78,28 +109,60 @@ class _Attend(torch.autograd.Function):
         kv_heads: int,
         cos: Tensor,
         sin: Tensor,
-        windows: int,
-    ) -> Tensor:
+        w_out_DN: Tensor,
+        residual_MD: Tensor,
+    ) -> tuple[Tensor, Tensor]:
         heads_MW, inverse = heads_cutlass.project_heads(
             rows_MD, w_WD, factor_M, value_embed_MV, gain_H, kv_heads, cos, sin
         )
-        q, k, v = views(heads_MW, windows, kv_heads, len(gain_H))
+        q, k, v = views(heads_MW, len(rows_MD) // len(cos), kv_heads, len(gain_H))
         out, lse = flash4.flash_attention(q, k, v)
+        attended_MN = pass_ops.exclude_self(out, v).flatten(0, 1).flatten(1)
+        t_MD, squares_MP = cutlass.linear_add(attended_MN, w_out_DN, residual_MD)
         ctx.save_for_backward(
-            rows_MD, w_WD, heads_MW, inverse, factor_M, gain_H, cos, sin, out, lse
-        )
+            rows_MD, w_WD, w_out_DN, attended_MN, out, lse,
+            heads_MW, inverse, factor_M, gain_H, cos, sin,
+        )  # fmt: skip
         ctx.kv_heads, ctx.has_embed = kv_heads, value_embed_MV is not None
-        return pass_ops.exclude_self(out, v)
+        ctx.mark_non_differentiable(squares_MP)
+        return t_MD, squares_MP
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        rows_MD, w_WD, *saved, out, lse = ctx.saved_tensors
-        q, k, v = views(saved[0], out.shape[0], ctx.kv_heads, out.shape[2])
-        d_heads = heads_flash4.attention_backward(grads[0].contiguous(), q, k, v, out, lse)
+        rows_MD, w_WD, w_out_DN, attended_MN, out, lse, *saved = ctx.saved_tensors
+        go_MD = grads[0].contiguous()
+        d_heads = _heads_backward(go_MD, w_out_DN, out, lse, saved[0], ctx.kv_heads)
         d_joint, sums_PH, *more = joined_heads_backward(*d_heads, *saved, ctx.has_embed)
         d_embed = more[0] if more else None
         d_rows, d_w = d_joint @ w_WD, d_joint.t() @ rows_MD
-        return d_rows, d_w, None, d_embed, sums_PH.sum(dim=0), None, None, None, None
+        d_w_out = go_MD.t() @ attended_MN
+        d_gain = sums_PH.sum(dim=0)
+        return d_rows, d_w, None, d_embed, d_gain, None, None, None, d_w_out, go_MD
+
+
+def _heads_backward(
+    go_MD: Tensor, w_out_DN: Tensor, out: Tensor, lse: Tensor, heads_MW: Tensor, kv_heads: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """From the gradient at the half's result to those `joined_heads_backward` takes.
+
+    Args:
+        go_MD, w_out_DN: gradient, and the out-projection.
+        out, lse: attention's results, [B, T, H, K] and [B, H, T].
+        heads_MW: the finished heads.
+        kv_heads: G.
+    """
+    windows, window, query_heads, _ = out.shape
+    q, k, v = views(heads_MW, windows, kv_heads, query_heads)
+    if query_heads != MEMBERS * kv_heads:
+        grad = (go_MD @ w_out_DN).view_as(out)
+        return heads_flash4.attention_backward(grad, q, k, v, out, lse)
+    padded = flash4.padded(window)
+    d_out_MN, dv_own_MV, row_sums = exclude_self_cutlass.exclude_self_gradient(
+        go_MD, w_out_DN, out.flatten(0, 1).flatten(1), heads_MW, query_heads, window, padded
+    )
+    lse2 = F.pad(lse * math.log2(math.e), (0, padded - window), value=math.inf)
+    d_heads = flash4.flash_attention_backward_sums(d_out_MN.view_as(out), q, k, v, row_sums, lse2)
+    return *d_heads, dv_own_MV.view(v.shape)
 
 
 @torch.library.custom_op("fairway::joined_heads_backward", mutates_args=())

@@ -314,6 +314,49 @@ def exclude_self(y_BTHK: Tensor, v_BTGK: Tensor) -> Tensor:
     return rest.flatten(2, 3).type_as(y_BTHK)
 
 
+def exclude_self_gradient(
+    go_MD: Tensor,
+    w_DN: Tensor,
+    y_MN: Tensor,
+    heads_MW: Tensor,
+    query_heads: int,
+    window: int,
+    padded: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of `exclude_self` where a projection reads its result.
+
+    With g = go @ w at one head's result and u the unit vector of its value v: at y, g - (g . u) u;
+    at v, -((y . u) g + (g . u) y - 2 (y . u)(g . u) u) / |v|, summed over the heads of a group.
+
+    Args:
+        go_MD: gradient at the projection's result.
+        w_DN: its weights, N = H K.
+        y_MN: attention's output.
+        heads_MW: query, key and value heads side by side, of which the values are read.
+        query_heads: H.
+        window: T, M = B T.
+        padded: L, at least T.
+
+    Returns:
+        Gradients at y, [M, N], and at the values, [M, G K]; and of every row and head the sum of y
+        times its gradient, [B, H, L], 0 past T, which flash attention's backward pass asks for.
+    """
+    exact = torch.promote_types(go_MD.dtype, torch.float32)
+    size = y_MN.shape[1] // query_heads
+    kv_heads = (heads_MW.shape[1] // size - query_heads) // 2
+    g, y = (t.to(exact).unflatten(1, (kv_heads, -1, size)) for t in (go_MD @ w_DN, y_MN))
+    v = heads_MW[:, -kv_heads * size :].to(exact).unflatten(1, (kv_heads, 1, size))
+    length = v.norm(dim=-1, keepdim=True)
+    u = v / length.clamp_min(SMALLEST_NORM)
+    y_u, g_u = ((t * u).sum(-1, keepdim=True) for t in (y, g))
+    dy = (g - g_u * u).to(go_MD.dtype)
+    row_sums = (y * dy).sum(-1).unflatten(0, (-1, window))
+    along = torch.where(length > SMALLEST_NORM, 2 * y_u * g_u, 0)
+    dv = (along * u - y_u * g - g_u * y).sum(2, keepdim=True) / length.clamp_min(SMALLEST_NORM)
+    row_sums = F.pad(row_sums.flatten(2).transpose(1, 2), (0, padded - window))
+    return dy.flatten(1), dv.flatten(1).to(go_MD.dtype), row_sums
+
+
 def nesterov(
     grad_NRC: Tensor, momentum_NRC: Tensor, clip: Tensor, coefficient: float, dtype: torch.dtype
 ) -> Tensor:

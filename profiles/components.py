@@ -14,12 +14,15 @@ OPTIMIZER_PHASES = ("optimizer", "average")
 GEMM_OPS = ("aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm", "aten::_scaled_mm")
 ATTENTION_WORDS = ("scaled_dot_product", "fmha", "flash_fprop", "flash_bprop", "flash_attention")
 MLP_OPS = ("fairway::up_", "fairway::activation", "fairway::dpre")
-SUM_OPS = ("fairway::linear_add", "fairway::norm_gradient")
-"""Products with a residual sum in their epilogue; their second argument is the weight."""
+EPILOGUE_OPS = (
+    "fairway::linear_add",
+    "fairway::norm_gradient",
+    "fairway::exclude_self_gradient",
+    "fairway::project_heads",
+)
+"""Products of a block that take over passes beside them; their second argument is the weight."""
 RESIDUAL_OPS = ("fairway::mix_norm", "fairway::mix_factor", "fairway::add_norm")
 HEAD_OPS = ("fairway::split_heads", "fairway::joined_heads", "fairway::exclude_self")
-PROJECTION_OPS = ("fairway::project_heads",)
-"""The joint projection with the heads' norm, rotary and gain in its epilogue."""
 GEMM_WORDS = ("nvjet", "gemm", "cublas", "xmma")
 COPY_KERNELS = ("memcpy", "memset")
 """A copy or fill that a matrix product makes for itself counts as the product's."""
@@ -83,10 +86,10 @@ def component(event: Event, sizes: Sizes) -> str:
         return f"attention {side}"
     if any(op in around for op in RESIDUAL_OPS):
         return f"residual passes {side}"
+    if any(op in around for op in EPILOGUE_OPS):
+        return f"GEMM {gemm_role(event, sizes)}"
     if any(op in around for op in HEAD_OPS):
         return f"head passes {side}"
-    if any(op in around for op in SUM_OPS + PROJECTION_OPS):
-        return f"GEMM {gemm_role(event, sizes)}"
     if any(op in around for op in MLP_OPS):
         return f"fused MLP {side}"
     if any(op in GEMM_OPS for op in event.ops) or any(word in name for word in GEMM_WORDS):
@@ -117,7 +120,7 @@ def _op(event: Event) -> str:
 def gemm_role(event: Event, sizes: Sizes) -> str:
     """What a matrix product is for, from its sizes; forward, input and weight gradient alike."""
     c = sizes.model
-    if _op(event).startswith(SUM_OPS + PROJECTION_OPS):
+    if _op(event).startswith(EPILOGUE_OPS):
         mkn = list(event.dims[1])
     else:
         factors = operands(event)
@@ -155,15 +158,17 @@ def work(event: Event) -> Work:
         return _attention_work(op, event.dims)
     if op.startswith(RESIDUAL_OPS + HEAD_OPS):
         return Work(0.0, _pass_elements(op, event.dims))
-    if op.startswith(SUM_OPS) and len(matrices) >= 2:
-        m, k = matrices[0]
-        n = math.prod(matrices[1]) // k
-        streams = len(matrices) - 1  # those added, and the sum
-        return Work(2.0 * m * k * n, float(m * k + k * n + streams * m * n))
-    if op.startswith(PROJECTION_OPS) and len(matrices) >= 2:
+    if op.startswith("fairway::project_heads") and len(matrices) >= 2:
         m, k = matrices[0]
         n = matrices[1][0]
         return Work(2.0 * m * k * n, float(m * k + k * n + m * n))
+    if op.startswith(EPILOGUE_OPS) and len(matrices) >= 2:
+        m, k = matrices[0]
+        n = math.prod(matrices[1]) // k
+        # Those that come in beside the factors, and the result. `exclude_self_gradient` reads and
+        # writes half a stream of values, too: one of the heads' width stands for both.
+        streams = len(matrices) - 1
+        return Work(2.0 * m * k * n, float(m * k + k * n + streams * m * n))
     if op.startswith(MLP_OPS) and len(matrices) >= 2:
         m, width = matrices[0]
         hidden = math.prod(matrices[1]) // width

@@ -13,6 +13,7 @@ from kernels.tiles import Tile
 from kernels.variants import (
     DPRE_PLAN,
     DPRE_SCALED_PLAN,
+    EXCLUDE_SELF_PLAN,
     HEADS_PLAN,
     LINEAR_ADD_PLAN,
     NORM_GRADIENT_PLAN,
@@ -22,6 +23,7 @@ from kernels.variants import (
 COMPILED = (
     DPRE_PLAN,
     DPRE_SCALED_PLAN,
+    EXCLUDE_SELF_PLAN,
     HEADS_PLAN,
     LINEAR_ADD_PLAN,
     NORM_GRADIENT_PLAN,

@@ -4,6 +4,7 @@ compute-sanitizer --tool memcheck  python -m verify.sanitize
 compute-sanitizer --tool racecheck python -m verify.sanitize
 """
 
+import math
 from collections.abc import Callable
 from functools import partial
 
@@ -13,6 +14,7 @@ from torch import Tensor
 from kernels import (
     backward_triton,
     cutlass,
+    exclude_self_cutlass,
     flash4,
     forward_triton,
     heads_cutlass,
@@ -64,6 +66,10 @@ def cutlass_runs(m: int, d: int, f: int, device: str) -> dict[str, Callable[...,
     embed, gain = _normal(device, m, kv_heads * size), torch.ones(query_heads, device=device)
     tables = (torch.ones(LENGTH, heads_cutlass.HALF, device=device) for _ in range(2))
 
+    members, window = exclude_self_cutlass.MEMBERS, math.gcd(m, LENGTH)
+    w_out, y = _normal(device, d, members * size), _normal(device, m, members * size)
+    joint = _normal(device, m, (members + 2) * size)
+
     def dpre_scaled(plan: Plan) -> object:
         signed = cutlass.run_up_scaled(x, w_up, factor, UP_SCALED_PLAN)
         return cutlass.run_dpre_scaled(go, w_down, *signed, factor, plan, UP_SCALED_PLAN)
@@ -78,6 +84,10 @@ def cutlass_runs(m: int, d: int, f: int, device: str) -> dict[str, Callable[...,
         "norm_gradient": partial(cutlass.run_norm_gradient, post, w_up, go, x, factor),
         "heads": partial(
             heads_cutlass.run_project_heads, x, w_qkv, factor, embed, gain, kv_heads, *tables
+        ),
+        "exclude_self": partial(
+            exclude_self_cutlass.run_exclude_self_gradient,
+            *(x, w_out, y, joint, members, window, flash4.padded(window)),
         ),
     }
 

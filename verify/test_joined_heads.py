@@ -181,7 +181,8 @@ for name, replacement in flash4_stand_in.replacements().items():
 for module in (pass_ops, joined_attention):
     module.check_cuda_tensors = lambda **tensors: None  # the interpreter takes CPU tensors
 pass_ops.check_rows = lambda **tensors: None
-joined_attention.heads_cutlass = reference  # no CUTLASS on a CPU
+for product in ("cutlass", "heads_cutlass", "exclude_self_cutlass"):
+    setattr(joined_attention, product, reference)  # no CUTLASS on a CPU
 (h, g, embed), k, (b, t), d = map(int, sys.argv[1:]), 8, (2, 5), 16
 draw = torch.Generator().manual_seed(0)
 
@@ -189,28 +190,35 @@ def random(*shape):
     return torch.randn(shape, generator=draw)
 
 leaves = [random(b, t, d), random((h + 2 * g) * k, d) / 4, random(h).abs() + 0.5]
+leaves += [random(d, h * k), random(b, t, d)]
 leaves += [random(b, t, g * k)] if embed else []
-factor, angle, grad = random(b, t).abs() + 0.5, random(t, 2), random(b, t, h, k)
+factor, angle, grad = random(b, t).abs() + 0.5, random(t, 2), random(b, t, d)
 tables = (angle.cos(), angle.sin())
 
-def plain(rows, w, factor, value_embed, gain):
+def plain(rows, w, factor, value_embed, gain, w_out, residual):
     qkv = torch.nn.functional.linear(rows, w)
     q, k, v = reference.split_heads(qkv, value_embed, gain, g, *tables, factor)
-    return reference.exclude_self(flash4_stand_in.plain_attention(q, k, v), v)
+    attended = reference.exclude_self(flash4_stand_in.plain_attention(q, k, v), v)
+    return residual + attended.flatten(2) @ w_out.t()
 
-def joined(rows, w, factor, value_embed, gain):
-    return joined_attention.attend(rows, w, factor, value_embed, gain, g, *tables)
+def joined(rows, w, factor, value_embed, gain, w_out, residual):
+    out, squares = joined_attention.attention_half(
+        rows, w, factor, value_embed, gain, g, *tables, w_out, residual)
+    assert torch.allclose(squares.sum(1), out.flatten(0, 1).square().sum(1))
+    return out
 
-def run(attend):
+def run(half):
     inputs = [x.clone().requires_grad_() for x in leaves]
-    rows, w, gain, *more = inputs
-    out = attend(rows, w, factor, more[0] if more else None, gain)
+    rows, w, gain, w_out, residual, *more = inputs
+    out = half(rows, w, factor, more[0] if more else None, gain, w_out, residual)
     return out, *torch.autograd.grad(out, inputs, grad)
 
-for name, a, e in zip(("out", "rows", "w", "gain", "embed"), run(joined), run(plain)):
+names = ("out", "rows", "w", "gain", "w_out", "residual", "embed")
+for name, a, e in zip(names, run(joined), run(plain)):
     check(name, relative_error(a, e), rounding_budget(64 * k * (b * t + h), torch.float32))
 try:
-    joined_attention.attend(*leaves[:2], factor, None, leaves[2], g, *(x[1:] for x in tables))
+    joined_attention.attention_half(
+        *leaves[:2], factor, None, leaves[2], g, *(x[1:] for x in tables), *leaves[3:5])
 except ValueError as error:
     assert "cos has 4 positions, windows 5" in str(error)
 else:
@@ -475,24 +483,37 @@ def test_the_whole_function_meets_the_budget(
     B, D, (H, G) = 2, 512, heads
     rows, w, factor, embeds, gain, _, _, _ = _inputs(B * length, D, length, heads, embed, "cuda")
     cos, sin = (t[:length].contiguous().cuda() for t in layers.rotary_tables(ModelConfig()))
-    grad = torch.randn(B, length, H, K, device="cuda").to(BF16)
+    draw = torch.Generator("cuda").manual_seed(1)
+    grad, residual, w_out = (
+        torch.randn(*shape, device="cuda", generator=draw).to(BF16)
+        for shape in ((B, length, D), (B, length, D), (D, H * K))
+    )
 
-    def plain(rows: Tensor, w: Tensor, factor: Tensor, embed: Tensor | None) -> Tensor:
+    def plain(
+        rows: Tensor, w: Tensor, w_out: Tensor, residual: Tensor, embed: Tensor | None = None
+    ) -> Tensor:
         qkv = torch.nn.functional.linear(rows, w)
-        q, k, v = reference.split_heads(qkv, embed, gain, G, cos, sin, factor)
-        return reference.exclude_self(plain_attention(q, k, v), v)
+        scale = factor.view(B, length)
+        q, k, v = reference.split_heads(qkv, embed, gain, G, cos, sin, scale)
+        attended = reference.exclude_self(plain_attention(q, k, v), v)
+        return residual + torch.nn.functional.linear(attended.flatten(2), w_out)
 
-    def joined(rows: Tensor, w: Tensor, factor: Tensor, embed: Tensor | None) -> Tensor:
-        return joined_attention.attend(rows, w, factor, embed, gain, G, cos, sin)
+    def joined(
+        rows: Tensor, w: Tensor, w_out: Tensor, residual: Tensor, embed: Tensor | None = None
+    ) -> Tensor:
+        scale = factor.view(B, length)
+        return joined_attention.attention_half(
+            rows, w, scale, embed, gain, G, cos, sin, w_out, residual
+        )[0]
 
-    def step(attend: Any, dtype: torch.dtype) -> list[Tensor]:
-        given = [rows.view(B, length, D), w]
+    def step(half: Any, dtype: torch.dtype) -> list[Tensor]:
+        given = [rows.view(B, length, D), w, w_out * (H * K) ** -0.5, residual]
         given += [] if embeds is None else [embeds.view(B, length, -1)]
         leaves = [t.to(dtype).requires_grad_() for t in given]
-        more = leaves[2] if embed else None
-        out = attend(leaves[0], leaves[1], factor.view(B, length), more)
+        out = half(*leaves)
         return [out.detach(), *torch.autograd.grad(out, leaves, grad.to(dtype))]
 
     found = (step(joined, BF16), step(plain, BF16), step(plain, F64))
-    for name, a, p, e in zip(("out", "rows", "w", "embed"), *found, strict=False):
+    names = ("out", "rows", "w", "w_out", "residual", "embed")
+    for name, a, p, e in zip(names, *found, strict=False):
         check(f"joined {name}", relative_error(a, e), kernel_budget(p, e, BF16))

@@ -1,0 +1,132 @@
+"""The gradient at attention's output: the out-projection's product with XSA's backward pass in it.
+
+One CUTLASS product in place of a product, of a pass that reads what it wrote, and of the sums that
+flash attention's backward pass starts from.
+
+Letters: M rows (tokens), D model width, B windows, T positions, L positions of whole tiles of
+flash4's, H query heads, G key/value heads, N = H HEAD_SIZE, V = G HEAD_SIZE, W = N + 2 V.
+"""
+
+import torch
+from torch import Tensor
+
+from kernels import checks, cutlass
+from kernels.heads_cutlass import HEAD_SIZE
+from kernels.variants import EXCLUDE_SELF_PLAN, Plan
+
+MEMBERS = 2
+"""Query heads of a group: a tile holds one group, so that its sums stay in registers."""
+
+
+def check_exclude_self_gradient(
+    go_MD: Tensor,
+    w_DN: Tensor,
+    y_MN: Tensor,
+    heads_MW: Tensor,
+    query_heads: int,
+    window: int,
+    padded: int,
+) -> None:
+    """Arguments of `exclude_self_gradient`.
+
+    Raises:
+        ValueError: one does not fit; the message names the first.
+    """
+    checks.check_matrices(go=go_MD, w=w_DN, y=y_MN, heads=heads_MW)
+    m, d = go_MD.shape
+    if query_heads < 1 or query_heads % MEMBERS:
+        raise ValueError(
+            f"{query_heads} query heads do not make groups of {MEMBERS}, which the product with "
+            "XSA's backward pass is written for"
+        )
+    n = query_heads * HEAD_SIZE
+    checks.check_shape("w [D, N]", w_DN, d, n)
+    checks.check_shape("y [M, N]", y_MN, m, n)
+    checks.check_shape("heads [M, W]", heads_MW, m, n + 2 * (n // MEMBERS))
+    if window < 1 or m % window:
+        raise ValueError(f"{m} rows are not whole windows of {window}")
+    if padded < window:
+        raise ValueError(f"{padded} padded positions are fewer than the {window} of a window")
+
+
+def run_exclude_self_gradient(
+    go_MD: Tensor,
+    w_DN: Tensor,
+    y_MN: Tensor,
+    heads_MW: Tensor,
+    query_heads: int,
+    window: int,
+    padded: int,
+    plan: Plan,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`exclude_self_gradient` with an explicit plan; for measurements and checks of every variant.
+
+    Raises:
+        ValueError: an argument does not fit, or the plan names no `exclude_self` variant.
+        RuntimeError: no Hopper GPU, the library is missing, or the launch failed.
+    """
+    check_exclude_self_gradient(go_MD, w_DN, y_MN, heads_MW, query_heads, window, padded)
+    cutlass.check_plan(plan, "exclude_self")
+    checks.require_hopper(go_MD)
+    dy_MN, dv_MV, sums_BHL = _results(go_MD, y_MN, query_heads, window, padded)
+    if padded > window:
+        sums_BHL.zero_()
+    tensors = (go_MD, w_DN, y_MN, heads_MW, dy_MN, dv_MV, sums_BHL)
+    cutlass.launch(plan, tensors, (*go_MD.shape, window, query_heads, padded))
+    return dy_MN, dv_MV, sums_BHL
+
+
+def _results(
+    go_MD: Tensor, y_MN: Tensor, query_heads: int, window: int, padded: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Empty tensors for the results."""
+    m, n = y_MN.shape
+    sums = go_MD.new_empty((m // window, query_heads, padded), dtype=torch.float32)
+    return torch.empty_like(y_MN), y_MN.new_empty((m, n // MEMBERS)), sums
+
+
+@torch.library.custom_op("fairway::exclude_self_gradient_cutlass", mutates_args=())
+def exclude_self_gradient(
+    go_MD: Tensor,
+    w_DN: Tensor,
+    y_MN: Tensor,
+    heads_MW: Tensor,
+    query_heads: int,
+    window: int,
+    padded: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """XSA's backward pass of go @ w; meaning: `kernels.reference.exclude_self_gradient`.
+
+    Args:
+        go_MD: bfloat16, contiguous; gradient at the out-projection's result.
+        w_DN: bfloat16, contiguous; its weights.
+        y_MN: bfloat16, contiguous; attention's output.
+        heads_MW: bfloat16, contiguous; query, key and value heads side by side.
+        query_heads: H, twice the key/value heads.
+        window: T; row m is at position m % T.
+        padded: L, at least T.
+
+    Returns:
+        Gradients at y, bfloat16 [M, N], and at the values, bfloat16 [M, V]; and y times its
+        gradient (as rounded) summed over each head, float32 [B, H, L], 0 past T.
+
+    Raises:
+        ValueError: an argument does not fit; the message names it.
+        RuntimeError: no Hopper GPU, the library is missing, or the launch failed.
+    """
+    return run_exclude_self_gradient(
+        go_MD, w_DN, y_MN, heads_MW, query_heads, window, padded, EXCLUDE_SELF_PLAN
+    )
+
+
+@exclude_self_gradient.register_fake
+def _(
+    go_MD: Tensor,
+    w_DN: Tensor,
+    y_MN: Tensor,
+    heads_MW: Tensor,
+    query_heads: int,
+    window: int,
+    padded: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return _results(go_MD, y_MN, query_heads, window, padded)
