@@ -17,7 +17,7 @@ from torch import Tensor
 from bench.measure import Case
 from bench.scale import Scale, compression_reference, gemm_reference, host_reference, one_layer
 from bench.stopwatch import Subject
-from trainer import artifact, calibrate
+from trainer import artifact, calibrate, compiling
 from trainer.artifact import Compressor
 from trainer.average import Averages
 from trainer.config import MICRO_BATCHES, EvalConfig, MlpBackend, PassesBackend, SlotMode
@@ -83,7 +83,7 @@ def loader(scale: Scale) -> Case:
 def training_step(scale: Scale, backend: MlpBackend) -> Case:
     """One micro-batch from the loader, forward, backward, optimizer, EMA; with the data stall."""
     model = scale.model(backend)
-    loss: Any = torch.compile(model.loss, fullgraph=True) if scale.cuda else model.loss
+    loss: Any = compiling.compiled(model.loss) if scale.cuda else model.loss
     optimizer = Optimizer(model, scale.config.optim, scale.dtype)
     averages = Averages(model, scale.config.train)
     source = synthetic_loader(scale)
@@ -236,7 +236,7 @@ def straight(scale: Scale) -> Scoring:
         losses = F.cross_entropy(logits_BTV.flatten(0, 1), y_BT.flatten(), reduction="none")
         return losses.view_as(y_BT)[:, -config.stride :]
 
-    program: Any = torch.compile(nats, fullgraph=True, dynamic=False) if scale.cuda else nats
+    program: Any = compiling.compiled(nats, dynamic=False) if scale.cuda else nats
 
     @torch.no_grad()
     def run(i: int) -> None:

@@ -26,7 +26,7 @@ from rich.table import Table
 from bench.paths import PATHS, Choice, unknown
 from bench.scale import current
 from bench.stopwatch import time_interleaved
-from trainer import environment, files
+from trainer import compiling, environment, files
 from trainer.average import Averages
 from trainer.errors import ConfigError, FairwayError, RunError
 from trainer.optim import Optimizer
@@ -70,7 +70,7 @@ def subjects(path: Choice) -> dict[str, Callable[[int], object]]:
     """Forward and backward of a micro-step; and a whole step with optimizer and EMA."""
     scale = path.scale()
     model = scale.model(scale.config.mlp)
-    loss_of: Any = torch.compile(model.loss, fullgraph=True)
+    loss_of: Any = compiling.compiled(model.loss)
     optimizer = Optimizer(model, scale.config.optim, scale.dtype)
     averages = Averages(model, scale.config.train)
     batches = [(scale.ids(scale.windows), scale.ids(scale.windows)) for _ in range(SETS)]

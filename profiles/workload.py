@@ -13,6 +13,7 @@ import torch
 
 from bench.pipeline_cases import synthetic_loader
 from bench.scale import Scale
+from trainer import compiling
 from trainer.average import Averages
 from trainer.config import MlpBackend
 from trainer.optim import Optimizer
@@ -45,7 +46,7 @@ class Workload:
 def training_step(scale: Scale, mlp: MlpBackend, compiled: bool) -> Workload:
     """The step; call it a few times first to compile and warm up."""
     model = scale.model(mlp)
-    loss_of: Any = torch.compile(model.loss, fullgraph=True) if compiled else model.loss
+    loss_of: Any = compiling.compiled(model.loss) if compiled else model.loss
     optimizer = Optimizer(model, scale.config.optim, scale.dtype)
     averages = Averages(model, scale.config.train)
     loader = synthetic_loader(scale)

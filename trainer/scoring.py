@@ -21,7 +21,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from trainer import adapt
+from trainer import adapt, compiling
 from trainer.config import EvalConfig, SlotMode
 from trainer.model import GPT
 from trainer.progress import Advance, progress
@@ -86,9 +86,9 @@ class Programs:
         limits: Any = torch._dynamo.config
         limits.recompile_limit = max(limits.recompile_limit, COMPILED_SCORES)
         return cls(
-            torch.compile(model.hidden, fullgraph=True, dynamic=False),
-            torch.compile(adapt.fit_shared, fullgraph=True, dynamic=False),
-            torch.compile(adapt.fit_context, fullgraph=True, dynamic=False),
+            compiling.compiled(model.hidden, dynamic=False),
+            compiling.compiled(adapt.fit_shared, dynamic=False),
+            compiling.compiled(adapt.fit_context, dynamic=False),
         )
 
 

@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from trainer import checkpoint
+from trainer import checkpoint, compiling
 from trainer.average import Averages
 from trainer.checkpoint import BackgroundWriter, Checkpoint
 from trainer.config import MICRO_BATCHES, RunConfig
@@ -76,7 +76,7 @@ class _Training:
         self.micro_steps = MICRO_BATCHES // ranks.world_size
         self.optimizer = Optimizer(model, config.optim, model.compute_dtype)
         self.averages = Averages(model, config.train)
-        loss = torch.compile(model.loss, fullgraph=True) if config.compile else model.loss
+        loss = compiling.compiled(model.loss) if config.compile else model.loss
         self.loss_fn = loss
         self.at = Progress()
         self.writer = BackgroundWriter(folder.checkpoint)
