@@ -1,6 +1,6 @@
 """Tokens per second of sliding-window scoring against straight passes, in turn in one process.
 
-    python -m bench.scoring_ratio --out scoring_ratio.json [--attention flash4] [--passes reference]
+    python -m bench.scoring_ratio --out scoring_ratio.json [--attention flash4] [--passes triton]
 
 Sliding is what an evaluation does (trainer/scoring.py): the last layer and the head for the scored
 positions alone, one CUDA graph a batch. Straight is the published formulation on the same windows,
@@ -43,7 +43,7 @@ class Arguments:
     """JSON file for the results."""
     attention: AttentionBackend = RECORD.attention
     """Attention of both."""
-    passes: PassesBackend = "triton"
+    passes: PassesBackend = RECORD.passes
     """What lies between the products of sliding scoring; straight passes have plain PyTorch."""
     mlp: MlpBackend = RECORD.mlp
     """MLP of both."""
@@ -57,8 +57,6 @@ def scale_of(arguments: Arguments) -> Scale:
         raise ConfigError("--rounds must be at least 2")
     if not torch.cuda.is_available():
         raise ConfigError("bench.scoring_ratio needs a CUDA GPU; torch finds none")
-    if arguments.passes == "epilogue":
-        raise ConfigError("--passes epilogue is for training; without gradients it is `triton`")
     base = current()
     chosen = replace(
         base.config, attention=arguments.attention, passes=arguments.passes, mlp=arguments.mlp
@@ -121,7 +119,7 @@ def _apart(sliding_: Scoring, straight_: Scoring) -> dict[str, float]:
 
 
 def show(results: dict[str, Any], batches: int) -> None:
-    """A line for each clock, and the scores."""
+    """What was measured, a line for each clock, and the scores."""
     table = Table(title="sliding-window scoring against straight passes, ms a batch")
     for heading in ("clock", "sliding", "straight", "sliding tokens/s", "ratio", "p10-p90"):
         table.add_column(heading)
@@ -140,6 +138,10 @@ def show(results: dict[str, Any], batches: int) -> None:
         )
     console = Console(width=120)
     console.print(table)
+    console.print(
+        f"both: attention {results['attention']}, MLP {results['mlp']}; between the products: "
+        f"sliding {results['passes']}, straight plain PyTorch"
+    )
     nats = results["nats"]
     console.print(
         f"nats: sliding {nats['sliding']:.5f}, straight {nats['straight']:.5f}, targets "
@@ -152,15 +154,14 @@ def main(argv: list[str] | None = None) -> int:
     arguments = tyro.cli(Arguments, args=argv, description=__doc__)
     try:
         scale = scale_of(arguments)
-        results = measure(scale, arguments.rounds)
-        chosen = {
+        results = {
+            "environment": environment.describe(),
             "attention": arguments.attention,
             "passes": arguments.passes,
             "mlp": arguments.mlp,
+            **measure(scale, arguments.rounds),
         }
-        files.write_json(
-            arguments.out, {"environment": environment.describe(), **chosen, **results}
-        )
+        files.write_json(arguments.out, results)
     except FairwayError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

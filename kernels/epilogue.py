@@ -8,7 +8,8 @@ Gradient of a norm in this form: F(x, factor of x) depends on factor x alone, so
 gradient is the part along x of the gradient at x with the factor held fixed. Whoever takes a factor
 therefore sends none back; `enter` and `mlp_half` account for it.
 
-The model takes them in training; where no gradient is wanted its blocks are those of `triton`.
+The model takes them for whole windows, in training and in scoring. Where no gradient is wanted, the
+signs that `up_scaled` leaves for the backward pass are written for nothing.
 
 The products are CUTLASS's (kernels/cutlass.py), the pass is Triton's (kernels/residual_triton.py);
 plain meaning: `kernels.reference`.

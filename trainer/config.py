@@ -266,8 +266,8 @@ class RunConfig:
     """Attention implementation: cuDNN's, FlashAttention for Hopper, or torch's own choice."""
     passes: PassesBackend = "epilogue"
     """What lies between the products (sums, norms, rotary, XSA): plain PyTorch, fused kernels, or
-    those with the sums and norms in the epilogues of the CUTLASS products (--mlp cutlass; in
-    training, where gradients are wanted)."""
+    those with the sums and norms of whole windows in the epilogues of the CUTLASS products (--mlp
+    cutlass)."""
     compile: bool = True
     """Use torch.compile with fullgraph."""
     model: ModelConfig = field(default_factory=ModelConfig)

@@ -269,10 +269,7 @@ class GPT(nn.Module):
         """
         damp = 1 / math.sqrt(i + 1)
         whole_windows = cache is None and observe is None and last is None
-        # For training alone. TorchInductor 2.11 prints an operator that it meets for the first time
-        # with all that leads to it, and scoring's last block brings `triton`'s operators after ten
-        # joined ones: minutes of printing.
-        if self.passes_backend == "epilogue" and whole_windows and torch.is_grad_enabled():
+        if self.passes_backend == "epilogue" and whole_windows:
             return self._joined_block(i, stream, x0, weights, rotary, value_embed, damp)
         u, normed, skips = self._enter(i, stream, x0, damp)
         attended = self._attention(
@@ -314,13 +311,14 @@ class GPT(nn.Module):
         )
         if self.attention_backend == "flash4":
             gain_H, kv_heads = self.block(i).attn.q_gain, self.config.kv_heads
-            attended = joined_attention.attend(
-                rows, weights.qkv[i], factor_BT, value_embed, gain_H, kv_heads, *rotary
-            )
+            t, squares = joined_attention.attention_half(
+                rows, weights.qkv[i], factor_BT, value_embed, gain_H, kv_heads, *rotary,
+                weights.out[i], u,
+            )  # fmt: skip
         else:
             qkv = F.linear(rows, weights.qkv[i])
             attended = self._attend(i, qkv, rotary, value_embed, factor_BT)
-        t, squares = epilogue.linear_add(attended.flatten(2), weights.out[i], u)
+            t, squares = epilogue.linear_add(attended.flatten(2), weights.out[i], u)
         x = epilogue.mlp_half(t, squares, weights.up[i], weights.down[i], damp)
         return Stream(x, None, skips if kept is None else (*skips, kept))
 
@@ -334,8 +332,9 @@ class GPT(nn.Module):
         """
         x, branch, skips = stream.x, stream.branch, stream.skips
         joins = i - self.encoder_layers
-        if joins == 0 and branch is not None:
-            x, branch = x + branch, None
+        if joins == 0 and i > 0:
+            if branch is not None:
+                x, branch = x + branch, None
             skips = (*skips, x)
         skip = skips[-1] if joins >= 0 and skips else None
         u, normed, total = passes.mix_norm(

@@ -76,7 +76,7 @@ def test_entry_of_a_block_equals_the_reference_in_the_interpreter() -> None:
 
 MODEL = """
 import sys, torch
-from types import SimpleNamespace
+from dataclasses import replace
 from kernels import cutlass, epilogue, flash4, joined_attention, mlp, pass_ops, reference
 from trainer.model import GPT
 from verify import flash4_stand_in
@@ -89,15 +89,22 @@ joined_attention.check_cuda_tensors = pass_ops.check_cuda_tensors
 for name, replacement in flash4_stand_in.replacements().items():
     setattr(flash4, name, replacement)
 epilogue.cutlass = reference  # no CUTLASS on a CPU: its products by their plain meaning
-joined_attention.heads_cutlass = reference
-mlp.load_backend = lambda name: SimpleNamespace(
-    up_activation=reference.up_activation, activation=reference.activation, dpre=reference.dpre)
-plain, halves = random_model().requires_grad_(), 0
-half = epilogue.mlp_half
+joined_attention.cutlass = joined_attention.heads_cutlass = reference
+joined_attention.exclude_self_cutlass = reference
+plain_mlp = mlp.load_backend("reference")
+mlp.load_backend = lambda name: plain_mlp
+layers = int(sys.argv[2])
+embedded = (1, layers - 1) if layers > 2 else (1,)
+plain = random_model(replace(TINY, layers=layers, value_embed_layers=embedded)).requires_grad_()
+halves, half = [], epilogue.mlp_half
+
+def joined_blocks(*arguments, **options):
+    halves.clear()
+    joined.hidden(*arguments, **options)
+    return len(halves)
 
 def counted(*arguments):
-    global halves
-    halves += 1
+    halves.append(arguments)
     return half(*arguments)
 
 joined = GPT(plain.config, mlp="cutlass", passes="epilogue", attention=sys.argv[1])
@@ -107,9 +114,6 @@ want = plain.loss(ids, targets)
 want.backward()
 got = torch.compile(joined.loss, fullgraph=True, backend="aot_eager")(ids, targets)
 got.backward()
-epilogue.mlp_half = counted
-joined.loss(ids, targets)
-assert halves == plain.config.layers, "every block is joined in training"
 depth = 40 * plain.config.layers * plain.config.width
 budget = rounding_budget(depth, torch.float32)
 check("loss", relative_error(got, want), budget)
@@ -117,24 +121,31 @@ grads = dict(joined.named_parameters())
 for name, p in plain.named_parameters():
     assert p.grad is not None and p.grad.any(), name
     check(name, relative_error(grads[name].grad, p.grad), budget)
+scored = torch.compile(joined.hidden, fullgraph=True, backend="aot_eager", dynamic=False)
 with torch.no_grad():
     whole = plain.hidden(ids)
     check("hidden", relative_error(joined.hidden(ids), whole), budget)
-    check("last", relative_error(joined.hidden(ids, last=3), whole[:, -3:]), budget)
+    check("last", relative_error(scored(ids, last=3), whole[:, -3:]), budget)
     seen, plainly = {}, {}
     joined.hidden(ids, observe=lambda names, x: seen.update({n: x for n in names}))
     plain.hidden(ids, observe=lambda names, x: plainly.update({n: x for n in names}))
     assert seen.keys() == plainly.keys() != set()
     for name, x in plainly.items():
         check(name, relative_error(seen[name], x), budget)
-assert halves == plain.config.layers, "and none where no gradient is wanted"
+epilogue.mlp_half = counted
+assert joined_blocks(ids) == layers, "every block of whole windows is joined"
+with torch.no_grad():
+    assert joined_blocks(ids) == layers, "without gradients too"
+    assert joined_blocks(ids, last=3) == layers - 1, "all but the one that is spared positions"
+    assert joined_blocks(ids, observe=lambda names, x: None) == 0, "none that is observed"
+    assert joined_blocks(ids, cache=joined.new_cache(2, 24)) == 0, "and none with a cache"
 """
 
 
-@pytest.mark.parametrize("attention", ["sdpa", "flash4"])
-def test_the_model_with_joined_blocks_equals_the_plain_one(attention: str) -> None:
+@pytest.mark.parametrize(("attention", "layers"), [("sdpa", 5), ("flash4", 5), ("sdpa", 2)])
+def test_the_model_with_joined_blocks_equals_the_plain_one(attention: str, layers: int) -> None:
     """Loss, gradients, scored states and what calibration observes equal the plain model's."""
-    run_interpreted(MODEL, attention)
+    run_interpreted(MODEL, attention, str(layers))
 
 
 def test_half_a_block_has_the_gradients_of_its_formula(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -506,7 +506,7 @@ HOPPER = ModelConfig(
 
 
 @pytest.mark.hopper
-@pytest.mark.parametrize("passes", ["reference", "triton"])
+@pytest.mark.parametrize("passes", ["reference", "triton", "epilogue"])
 @pytest.mark.parametrize("attention", ["cudnn", "flash4"])
 @pytest.mark.parametrize("mode", ["off", "context"])
 def test_replayed_scores_of_the_fused_model(
@@ -559,7 +559,9 @@ def test_the_bench_scores_as_an_evaluation_does(mode: SlotMode) -> None:
     check("nats in the bench", error, rounding_budget(CHAIN, FLOAT))
 
 
-def test_both_formulations_of_the_ratio_score_the_same() -> None:
+def test_both_formulations_of_the_ratio_score_the_same(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     """Sliding and straight passes give every target the same nats; the ratio is one of speeds."""
     shape = replace(SMOKE.model, seq_len=64, layers=2, value_embed_layers=(1,))
     config = replace(SMOKE, model=shape, eval=replace(SMOKE.eval, stride=16))
@@ -573,6 +575,10 @@ def test_both_formulations_of_the_ratio_score_the_same() -> None:
     tokens = 4 * 2 * 16
     assert wall["tokens_per_s"]["sliding"] == pytest.approx(1000 * tokens / ms["sliding"], abs=1)
     assert wall["ratio"]["p10"] <= wall["ratio"]["median"] <= wall["ratio"]["p90"]
+    chosen = scoring_ratio.Arguments(Path("out.json"))
+    assert (chosen.attention, chosen.passes) == (RECORD.attention, RECORD.passes)
+    scoring_ratio.show({**vars(chosen), **results}, batches=4)
+    assert f"sliding {RECORD.passes}, straight plain PyTorch" in capsys.readouterr().out
 
 
 def test_the_ratio_is_that_of_tokens_per_second() -> None:
