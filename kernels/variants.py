@@ -13,8 +13,8 @@ class Variant:
     Attributes:
         op: of the MLP, `dpre` (backward), `up` (forward, two stores) or `activation` (forward
             without act_grad, one store); of a block, whose epilogues take over passes beside the
-            products, `linear_add`, `up_scaled`, `dpre_scaled`, `norm_gradient`, `heads` or
-            `exclude_self`.
+            products, `linear_add`, `up_scaled`, `dpre_scaled`, `norm_gradient`, `heads`,
+            `exclude_self`, `linear_mix` or `linear_mix_skip`.
         tile: rows, columns and depth of a threadblock's tile.
         cluster: threadblocks that share loads by multicast, along M and N.
         epilogue: rows and columns the epilogue handles at a time.
@@ -34,6 +34,8 @@ class Variant:
         "norm_gradient",
         "heads",
         "exclude_self",
+        "linear_mix",
+        "linear_mix_skip",
     ]
     tile: tuple[int, int, int]
     cluster: Pair
@@ -87,6 +89,10 @@ _ALL = (
     Variant("heads", (128, 256, 64), (2, 1), (128, 64), "Cooperative"),
     Variant("exclude_self", (128, 128, 64), (1, 2), (64, 64), "PingPong"),
     Variant("exclude_self", (128, 128, 64), (2, 1), (64, 64), "PingPong"),
+    Variant("linear_mix", (128, 128, 64), (1, 2), (64, 64), "PingPong"),
+    Variant("linear_mix", (128, 128, 64), (2, 1), (64, 64), "PingPong"),
+    Variant("linear_mix_skip", (128, 128, 64), (1, 2), (64, 64), "PingPong"),
+    Variant("linear_mix_skip", (128, 128, 64), (2, 1), (64, 64), "PingPong"),
 )
 """Fastest first, then what the kernel table compares it with; kernels/NOTES.md has those tried
 and dropped."""
@@ -133,3 +139,7 @@ NORM_GRADIENT_PLAN = Plan("norm_gradient_pingpong_128x128x64_c1x2_e64x64_s2", ma
 HEADS_PLAN = Plan("heads_pingpong_128x128x64_c1x2_e64x64_s2", max_swizzle=2)
 
 EXCLUDE_SELF_PLAN = Plan("exclude_self_pingpong_128x128x64_c1x2_e64x64_s2", max_swizzle=2)
+
+LINEAR_MIX_PLAN = Plan("linear_mix_pingpong_128x128x64_c1x2_e64x64_s2", max_swizzle=2)
+
+LINEAR_MIX_SKIP_PLAN = Plan("linear_mix_skip_pingpong_128x128x64_c1x2_e64x64_s2", max_swizzle=2)

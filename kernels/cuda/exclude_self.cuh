@@ -65,7 +65,7 @@ struct ExcludeSelfArguments {
 template <class V>
 struct ExcludeSelf : Node<ExcludeSelfArguments> {
   using Node<ExcludeSelfArguments>::Node;
-  using Head = HeadFragment<V>;
+  using Head = PieceFragment<V>;
   static_assert(cute::size<1>(typename V::Tile{}) == kMembers * kHeadSize, "a tile is a group");
 
   struct ConsumerStoreCallbacks : fusion::detail::EmptyConsumerStoreCallbacks {
@@ -195,7 +195,6 @@ struct ExcludeSelfGemm {
   using Tree = fusion::Sm90EVT<ExcludeSelf<V>, fusion::Sm90SrcFetch<Element>,
                                LoadOfGroup<typename Values::Node>>;
   using Fused = FusedGemm<V, RowMajor, Element, Tree>;
-  static_assert(Values::kStages == Fused::kLoads, "y and the values share their load pipeline");
 
   // The values are columns of the joint heads, `heads`[M, (H + 2 G) 64].
   static int run(Element const* go, Element const* w, Element const* y, Element const* heads,

@@ -62,15 +62,22 @@ struct Variant {
   static constexpr int kStores = kStores_;
 };
 
+// Pieces of C, or of a matrix beside it, that may be on their way from memory at once.
+template <class V, class ElementC>
+constexpr int kLoadsOf = [] {
+  constexpr int kPieces =
+      cute::size(cute::shape_div(cute::take<0, 2>(typename V::Tile{}), typename V::EpilogueTile{}));
+  return cute::max(cute::min(kPieces, 4), cute::is_void_v<ElementC> ? 0 : V::kStores + 1);
+}();
+
 // A GEMM whose epilogue is the visitor tree `Tree`; ElementC is void when the tree loads no C.
-template <class V, class LayoutB, class ElementC, class Tree>
+template <class V, class LayoutB, class ElementC, class Tree, int kLoads = kLoadsOf<V, ElementC>>
 struct FusedGemm {
   // CUTLASS's own choice is two store buffers, each store held back by one piece; four at once
   // hide better behind the main loop (kernels/NOTES.md), so the policy is spelt out here.
   static constexpr bool kReuseC = !cute::is_void_v<ElementC>;  // D overwrites C's shared memory
   static constexpr int kPieces =
       cute::size(cute::shape_div(cute::take<0, 2>(typename V::Tile{}), typename V::EpilogueTile{}));
-  static constexpr int kLoads = cute::max(cute::min(kPieces, 4), kReuseC ? V::kStores + 1 : 0);
   static constexpr int kFragment =
       cute::size(typename V::EpilogueTile{}) / V::Schedule::kThreads;
   using Policy = cutlass::epilogue::Sm90TmaWarpSpecialized<kLoads, V::kStores, kFragment, kReuseC,
@@ -149,21 +156,37 @@ struct FusedGemm {
 namespace fusion = cutlass::epilogue::fusion;
 namespace collective = cutlass::epilogue::collective::detail;
 
-// A matrix [M,N] that an epilogue reads beside C, `ElementC`; N may be columns of wider rows.
-template <class V, class ElementC>
+// A matrix [M,N] that an epilogue reads beside C, `ElementC`; N may be columns of wider rows. It
+// shares C's load pipeline, so that their buffers are as many.
+template <class V, class ElementC, int kLoads = kLoadsOf<V, ElementC>>
 struct AuxLoad {
   using Descriptor =
       collective::EpilogueDescriptor<typename V::Tile, typename V::EpilogueTile, ElementC, Element,
                                      typename V::Schedule::Epilogue>;
   using Aux = collective::AuxLoadDescriptor<Descriptor, RowMajor, Element>;
-  static constexpr int kStages = Aux::Stages;
-  using Node = fusion::Sm90AuxLoad<kStages, typename Descriptor::EpilogueTile, Element,
+  using Node = fusion::Sm90AuxLoad<kLoads, typename Descriptor::EpilogueTile, Element,
                                    typename Aux::Stride, typename Aux::SmemLayoutAtom,
                                    typename Aux::CopyOpS2R, kAlignment, /*EnableNullptr=*/false>;
 
   static typename Node::Arguments arguments(Element const* matrix, int m, int row_width) {
     auto stride = cutlass::make_cute_packed_stride(typename Aux::Stride{}, {m, row_width, 1});
     return {matrix, Element(0), stride};
+  }
+};
+
+// A matrix [M,N] that an epilogue stores beside its result; C as above.
+template <class V, class ElementC>
+struct AuxStore {
+  using Descriptor =
+      collective::EpilogueDescriptor<typename V::Tile, typename V::EpilogueTile, ElementC, Element,
+                                     typename V::Schedule::Epilogue>;
+  using Aux = collective::AuxStoreDescriptor<Descriptor, RowMajor, Element>;
+  using Node = fusion::Sm90AuxStore<V::kStores, typename Descriptor::EpilogueTile, Element, kRound,
+                                    typename Aux::Stride, typename Aux::SmemLayoutAtom,
+                                    typename Aux::CopyOpR2S, kAlignment, /*EnableNullptr=*/false>;
+
+  static typename Node::Arguments arguments(Element* matrix, int m, int n) {
+    return {matrix, cutlass::make_cute_packed_stride(typename Aux::Stride{}, {m, n, 1})};
   }
 };
 
@@ -243,25 +266,16 @@ struct Activation<cutlass::Array<T, N>> {
 
 template <class V>
 struct UpActivationGemm {
-  using Descriptor =
-      collective::EpilogueDescriptor<typename V::Tile, typename V::EpilogueTile, void, Element,
-                                     typename V::Schedule::Epilogue>;
-  using AuxDescriptor = collective::AuxStoreDescriptor<Descriptor, RowMajor, Element>;
-  using StoreActGrad =
-      fusion::Sm90AuxStore<V::kStores, typename Descriptor::EpilogueTile, Element,
-                           kRound, typename AuxDescriptor::Stride,
-                           typename AuxDescriptor::SmemLayoutAtom,
-                           typename AuxDescriptor::CopyOpR2S, kAlignment, false>;
+  using StoreActGrad = AuxStore<V, void>;
   using ActGrad = fusion::Sm90EVT<fusion::Sm90Compute<ActivationGradient, float, float, kRound>,
                                   fusion::Sm90AccFetch>;
   using Tree = fusion::Sm90EVT<fusion::Sm90Compute<Activation, Element, float, kRound>,
-                               fusion::Sm90EVT<StoreActGrad, ActGrad>, fusion::Sm90AccFetch>;
+                               fusion::Sm90EVT<typename StoreActGrad::Node, ActGrad>, fusion::Sm90AccFetch>;
   using Fused = FusedGemm<V, ColumnMajor, void, Tree>;
 
   static int run(Element const* x, Element const* w_up, Element* act_grad, Element* post, int m,
                  int f, int d, Launch const& launch) {
-    auto stride = cutlass::make_cute_packed_stride(typename AuxDescriptor::Stride{}, {m, f, 1});
-    typename Fused::TreeArguments tree{{{{}, {}}, {act_grad, stride}}, {}, {}};
+    typename Fused::TreeArguments tree{{{{}, {}}, StoreActGrad::arguments(act_grad, m, f)}, {}, {}};
     return Fused::run(m, f, d, x, w_up, nullptr, post, tree, launch);
   }
 };

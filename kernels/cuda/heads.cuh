@@ -17,53 +17,6 @@ namespace fairway {
 constexpr int kHeadSize = 64;
 constexpr int kHalf = 8;  // dims 0..7 of a head turn against dims 8..15
 
-// A thread's share of one head: the fragment of an epilogue piece that is one head wide.
-//
-// wgmma's accumulators of 64 columns: pairs of neighbours, in two rows 8 apart, in 8 groups of 8
-// columns. A row's columns lie in 4 neighbouring lanes, a column and its rotary partner in one.
-template <class V>
-struct HeadFragment {
-  static constexpr int kValues = 32;
-  static constexpr int kRows = 2;
-  static constexpr int kRowStep = 8;
-  static constexpr int kPieceRows = cute::size<0>(typename V::EpilogueTile{});
-  static constexpr int kPiecesM = cute::size<0>(typename V::Tile{}) / kPieceRows;
-  static constexpr int kTileRows = kPiecesM * kRows;  // of one thread
-  static_assert(cute::size<1>(typename V::EpilogueTile{}) == kHeadSize, "a piece holds one head");
-  static_assert(cute::size(typename V::EpilogueTile{}) == kValues * V::Schedule::kThreads);
-
-  CUTLASS_HOST_DEVICE static constexpr int row_of(int i) { return i / 2 % 2; }
-
-  // Columns from the thread's first.
-  CUTLASS_HOST_DEVICE static constexpr int column_of(int i) { return i / 4 * 8 + i % 2; }
-
-  // Rows from the thread's first.
-  CUTLASS_HOST_DEVICE static constexpr int row_at(int epi_m, int half) {
-    return epi_m * kPieceRows + half * kRowStep;
-  }
-
-  // The sum of a row's terms over the lanes that share it.
-  CUTLASS_DEVICE static float over_lanes(float sum) {
-    sum += __shfl_xor_sync(0xffffffffu, sum, 1);
-    return sum + __shfl_xor_sync(0xffffffffu, sum, 2);
-  }
-
-  // Whether elements lie as said above, by their coordinates from the thread's first.
-  template <class Layout>
-  static constexpr bool as_expected(Layout const& coordinates) {
-    for (int at = 0; at < int(cute::size(coordinates)); ++at) {
-      int const i = at % kValues, piece = at / kValues;
-      int const row = row_at(piece % kPiecesM, row_of(i));
-      int const column = piece / kPiecesM * kHeadSize + column_of(i);
-      auto const found = coordinates(at);
-      if (int(cute::get<0>(found)) != row || int(cute::get<1>(found)) != column) {
-        return false;
-      }
-    }
-    return true;
-  }
-};
-
 struct FinishHeadsArguments {
   float const* factor;         // [M]
   Element const* value_embed;  // [M, G 64], or null
@@ -81,7 +34,8 @@ template <class V>
 struct FinishHeads : Node<FinishHeadsArguments> {
   using Node<FinishHeadsArguments>::Node;
 
-  using Head = HeadFragment<V>;
+  using Head = PieceFragment<V>;
+  static_assert(Head::kColumns == kHeadSize, "a piece holds one head");
 
   struct ConsumerStoreCallbacks : fusion::detail::EmptyConsumerStoreCallbacks {
     FinishHeadsArguments const& params;
