@@ -25,6 +25,7 @@ from torch import Tensor
 from bench.stopwatch import Subject, time_interleaved
 from kernels import (
     cutlass,
+    entry_cutlass,
     exclude_self_cutlass,
     heads_cutlass,
     pass_ops,
@@ -90,6 +91,8 @@ def cases(arguments: Arguments) -> dict[str, Case]:
     )
     factor = DAMP * torch.rsqrt(h.float().square().mean(1) + reference.EPS)
     post, signs = cutlass.run_up_scaled(h, w_up, factor, UP_SCALED_PLAN)
+    channels = torch.rand(2, d, device="cuda", generator=g)
+    ended = (post, w_down, h, x, channels)
     act_grad, _ = cutlass.up_activation(h, w_up)
     dpre = cutlass.dpre(go, w_down, act_grad)
     shape = ModelConfig(width=d)
@@ -138,6 +141,24 @@ def cases(arguments: Arguments) -> dict[str, Case]:
             lambda: F.linear(post, w_down),
             lambda: F.linear(post, w_down) + h,
             "product, sum",
+        ),
+        "down-projection and entry": Case(
+            "linear_mix",
+            lambda p: entry_cutlass.run_linear_mix(*ended, None, None, plan=p),
+            lambda: F.linear(post, w_down),
+            lambda: pass_ops.mix_factor(
+                cutlass.linear_add(*ended[:3])[0], None, None, x, channels, DAMP
+            ),
+            "linear_add, mix_factor",
+        ),
+        "down-projection and entry, skip": Case(
+            "linear_mix_skip",
+            lambda p: entry_cutlass.run_linear_mix(*ended, go, channels[0], plan=p),
+            lambda: F.linear(post, w_down),
+            lambda: pass_ops.mix_factor(
+                cutlass.linear_add(*ended[:3])[0], go, channels[0], x, channels, DAMP
+            ),
+            "linear_add, mix_factor",
         ),
         "up-projection": Case(
             "up_scaled",

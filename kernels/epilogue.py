@@ -17,12 +17,13 @@ plain meaning: `kernels.reference`.
 Letters: D model width, F MLP width, M rows, N and K columns of a product, P partial sums.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from kernels import cutlass, pass_ops
+from kernels import cutlass, entry_cutlass, pass_ops
 from kernels.reference import norm_factor
 
 
@@ -95,6 +96,43 @@ def mlp_half(
     return out_MD.view_as(t)
 
 
+def mlp_enter(
+    t: Tensor,
+    squares_MP: Tensor,
+    w_up_FD: Tensor,
+    w_down_DF: Tensor,
+    damp: float,
+    x0: Tensor,
+    mix_2D: Tensor,
+    next_damp: float,
+    *,
+    skip: Tensor | None = None,
+    skip_weight_D: Tensor | None = None,
+    keep: bool = False,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """`enter` of the next block at `mlp_half` of this one, in the down-projection's epilogue.
+
+    Args:
+        t, squares_MP, w_up_FD, w_down_DF, damp: those of `mlp_half`.
+        x0, mix_2D, skip, skip_weight_D, keep: those of `enter`.
+        next_damp: the damp of `enter`.
+
+    Returns: as `enter`. Raises: as `linear_add`.
+    """
+    t_MD, *rows = (
+        None if r is None else r.reshape(-1, r.shape[-1]).contiguous() for r in (t, x0, skip)
+    )
+    assert t_MD is not None
+    width = t.shape[-1]
+    factor_M = norm_factor(squares_MP.detach().sum(dim=1), width, damp)
+    weights = w_up_FD.contiguous(), w_down_DF.contiguous()
+    u, again, squares, *kept = _MlpEnter.apply(
+        t_MD, factor_M, *weights, damp, *rows, mix_2D, skip_weight_D, keep
+    )
+    factor = norm_factor(squares.sum(dim=1), width, next_damp).view(t.shape[:-1])
+    return u.view_as(t), again.view_as(t), factor, kept[0].view_as(t) if kept else None
+
+
 class _Enter(torch.autograd.Function):
     """One kernel each way."""
 
@@ -117,23 +155,11 @@ class _Enter(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        x, skip, skip_weight_D, x0, mix_2D = ctx.saved_tensors
         du, through, _, *dx_kept = grads
-        dx, dx0, sums_P3D, *more = pass_ops.mix_norm_backward(
-            du.contiguous(),
-            through.contiguous(),
-            dx_kept[0].contiguous() if dx_kept else None,
-            x,
-            x0,
-            skip,
-            skip_weight_D,
-            mix_2D,
-            None,
+        dx, dx0, d_skip, d_weight, d_mix = _entry_gradients(
+            du, through, dx_kept, *ctx.saved_tensors
         )
-        sums_3D = sums_P3D.sum(dim=0)
-        d_skip = more[0] if more else None
-        d_weight = sums_3D[2] if more else None
-        return dx, d_skip, dx0, d_weight, sums_3D[:2], None, None
+        return dx, d_skip, dx0, d_weight, d_mix, None, None
 
 
 class _LinearAdd(torch.autograd.Function):
@@ -172,10 +198,96 @@ class _MlpHalf(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        t_MD, factor_M, w_up_FD, w_down_DF, post_MF, signs = ctx.saved_tensors
         go_MD = grads[0].contiguous()
-        dpre_MF, along_MP = cutlass.dpre_scaled(go_MD, w_down_DF, post_MF, signs, factor_M)
-        inverse_square_M = (factor_M / ctx.damp).square()
-        norm_M = along_MP.sum(dim=1) * inverse_square_M / t_MD.shape[1]
-        dt_MD = cutlass.norm_gradient(dpre_MF, w_up_FD, go_MD, t_MD, norm_M)
-        return dt_MD, None, dpre_MF.t() @ t_MD, go_MD.t() @ post_MF, None
+        dt_MD, d_up, d_down = _mlp_gradients(go_MD, ctx.damp, *ctx.saved_tensors)
+        return dt_MD, None, d_up, d_down, None
+
+
+class _MlpEnter(torch.autograd.Function):
+    """`_MlpHalf`, then `_Enter`, whose forward pass is the second product's epilogue."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        t_MD: Tensor,
+        factor_M: Tensor,
+        w_up_FD: Tensor,
+        w_down_DF: Tensor,
+        damp: float,
+        x0_MD: Tensor,
+        skip_MD: Tensor | None,
+        mix_2D: Tensor,
+        skip_weight_D: Tensor | None,
+        keep: bool,
+    ) -> tuple[Tensor, ...]:
+        post_MF, signs = cutlass.up_scaled(t_MD, w_up_FD, factor_M)
+        x_MD, u_MD, squares_MP = entry_cutlass.linear_mix(
+            post_MF, w_down_DF, t_MD, x0_MD, mix_2D, skip_MD, skip_weight_D
+        )
+        ctx.save_for_backward(
+            t_MD, factor_M, w_up_FD, w_down_DF, post_MF, signs,
+            x_MD, skip_MD, skip_weight_D, x0_MD, mix_2D,
+        )  # fmt: skip
+        ctx.damp = damp
+        ctx.mark_non_differentiable(squares_MP)
+        entered = (u_MD, u_MD.view_as(u_MD), squares_MP)
+        return (*entered, x_MD.view_as(x_MD)) if keep else entered
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        du, through, _, *dx_kept = grads
+        half, entry = ctx.saved_tensors[:6], ctx.saved_tensors[6:]
+        dx, dx0, d_skip, d_weight, d_mix = _entry_gradients(du, through, dx_kept, *entry)
+        dt_MD, d_up, d_down = _mlp_gradients(dx, ctx.damp, *half)
+        return dt_MD, None, d_up, d_down, None, dx0, d_skip, d_mix, d_weight, None
+
+
+def _entry_gradients(
+    du: Tensor,
+    through: Tensor,
+    dx_kept: Sequence[Tensor],
+    x: Tensor,
+    skip: Tensor | None,
+    skip_weight_D: Tensor | None,
+    x0: Tensor,
+    mix_2D: Tensor,
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor]:
+    """Gradients at x, x0, the skip, its weight and the mix, by one pass.
+
+    Args:
+        du, through: gradients at u, from the branch's sum and through the product.
+        dx_kept: that at x from a later block, if any.
+        x, skip, skip_weight_D, x0, mix_2D: what the block entered from.
+    """
+    dx, dx0, sums_P3D, *more = pass_ops.mix_norm_backward(
+        du.contiguous(),
+        through.contiguous(),
+        dx_kept[0].contiguous() if dx_kept else None,
+        x,
+        x0,
+        skip,
+        skip_weight_D,
+        mix_2D,
+        None,
+    )
+    sums_3D = sums_P3D.sum(dim=0)
+    d_skip, d_weight = (more[0], sums_3D[2]) if more else (None, None)
+    return dx, dx0, d_skip, d_weight, sums_3D[:2]
+
+
+def _mlp_gradients(
+    go_MD: Tensor,
+    damp: float,
+    t_MD: Tensor,
+    factor_M: Tensor,
+    w_up_FD: Tensor,
+    w_down_DF: Tensor,
+    post_MF: Tensor,
+    signs: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients at t and the two weights of `mlp_half`, given that at its result."""
+    dpre_MF, along_MP = cutlass.dpre_scaled(go_MD, w_down_DF, post_MF, signs, factor_M)
+    inverse_square_M = (factor_M / damp).square()
+    norm_M = along_MP.sum(dim=1) * inverse_square_M / t_MD.shape[1]
+    dt_MD = cutlass.norm_gradient(dpre_MF, w_up_FD, go_MD, t_MD, norm_M)
+    return dt_MD, dpre_MF.t() @ t_MD, go_MD.t() @ post_MF

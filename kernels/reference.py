@@ -63,6 +63,30 @@ def linear_add(x_MK: Tensor, w_NK: Tensor, residual_MN: Tensor) -> tuple[Tensor,
     return out, _row_sums(out.square())
 
 
+def linear_mix(
+    y_MK: Tensor,
+    w_NK: Tensor,
+    residual_MN: Tensor,
+    x0_MN: Tensor,
+    mix_2N: Tensor,
+    skip_MN: Tensor | None,
+    skip_weight_N: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The end of a block and the next one's entry.
+
+    Args:
+        y_MK, w_NK, residual_MN: those of `linear_add`.
+        x0_MN, mix_2N, skip_MN, skip_weight_N: those of `mix_factor`.
+
+    Returns:
+        x = residual + y @ w^T; u = a (x + w skip) + b x0; and the sum of the squares of each row
+        of u, [M, 1].
+    """
+    x = residual_MN + F.linear(y_MK, w_NK)
+    u, _, _ = mix_norm(x, None, skip_MN, skip_weight_N, x0_MN, mix_2N, 1.0)
+    return x, u, _row_sums(u.square())
+
+
 def up_scaled(x_MD: Tensor, w_up_FD: Tensor, scale_M: Tensor) -> tuple[Tensor, Tensor]:
     """post and the signs pre > 0, both [M, F], of pre = scale (x @ w_up^T); scale [M] positive."""
     pre = (scale_M[:, None] * F.linear(x_MD, w_up_FD)).type_as(x_MD)

@@ -16,6 +16,7 @@ ATTENTION_WORDS = ("scaled_dot_product", "fmha", "flash_fprop", "flash_bprop", "
 MLP_OPS = ("fairway::up_", "fairway::activation", "fairway::dpre")
 EPILOGUE_OPS = (
     "fairway::linear_add",
+    "fairway::linear_mix",
     "fairway::norm_gradient",
     "fairway::exclude_self_gradient",
     "fairway::project_heads",
@@ -166,7 +167,8 @@ def work(event: Event) -> Work:
         m, k = matrices[0]
         n = math.prod(matrices[1]) // k
         # Those that come in beside the factors, and the result. `exclude_self_gradient` reads and
-        # writes half a stream of values, too: one of the heads' width stands for both.
+        # writes half a stream of values, too: one of the heads' width stands for both. Of
+        # `linear_mix`, which has two results, the channels' factors stand for the second.
         streams = len(matrices) - 1
         return Work(2.0 * m * k * n, float(m * k + k * n + streams * m * n))
     if op.startswith(MLP_OPS) and len(matrices) >= 2:

@@ -185,8 +185,12 @@ class GPT(nn.Module):
             x0 = x0.as_strided(x0.shape, x0.stride())
         value_embeds = self._value_embeds(ids_BT, weights)
         rotary = (self.cos[positions_T], self.sin[positions_T])
-        stream = Stream(x0)
-        for i in range(self.config.layers):
+        stream, done = Stream(x0), self._joined(cache, observe, last)
+        if done:
+            from trainer import joined_blocks  # here: they need Triton, a CPU does not
+
+            stream = joined_blocks.run(self, done, x0, weights, rotary, value_embeds)
+        for i in range(done, self.config.layers):
             wanted = last if i == self.config.layers - 1 else None
             stream = self._block(
                 i, stream, x0, weights, rotary, positions_T, value_embeds.get(i), cache, observe,
@@ -250,6 +254,12 @@ class GPT(nn.Module):
         scales = zip(self.config.value_embed_layers, self.ve_layer_scales, strict=True)
         return {i: shared * scale.to(shared.dtype) for i, scale in scales}
 
+    def _joined(self, cache: KVCache | None, observe: Observer | None, last: int | None) -> int:
+        """How many of the first blocks are joined: with `epilogue`, all that take whole windows."""
+        if self.passes_backend != "epilogue" or cache is not None or observe is not None:
+            return 0
+        return self.config.layers if last is None else self.config.layers - 1
+
     def _block(
         self,
         i: int,
@@ -268,9 +278,6 @@ class GPT(nn.Module):
         With `last`, only that many last positions attend and pass on.
         """
         damp = 1 / math.sqrt(i + 1)
-        whole_windows = cache is None and observe is None and last is None
-        if self.passes_backend == "epilogue" and whole_windows:
-            return self._joined_block(i, stream, x0, weights, rotary, value_embed, damp)
         u, normed, skips = self._enter(i, stream, x0, damp)
         attended = self._attention(
             i, normed, weights, rotary, positions_T, value_embed, cache, observe, last
@@ -284,43 +291,6 @@ class GPT(nn.Module):
             observe((f"blocks.{i}.up",), normed)
             observe((f"blocks.{i}.down",), post)
         return Stream(x, y, skips)
-
-    def _joined_block(
-        self,
-        i: int,
-        stream: Stream,
-        x0: Tensor,
-        weights: CastWeights,
-        rotary: tuple[Tensor, Tensor],
-        value_embed: Tensor | None,
-        damp: float,
-    ) -> Stream:
-        """Block i of whole windows, its sums and norms in the epilogues of its products."""
-        from kernels import epilogue, joined_attention  # here: they need Triton, a CPU does not
-
-        joins, skips = i - self.encoder_layers, stream.skips
-        mix_2D, skip, weight_D = self.block(i).resid_mix, None, None
-        if joins == 0 and i > 0:
-            # The innermost skip is the stream itself: x + w x is x with another factor.
-            mix_2D = torch.stack((mix_2D[0] * (1 + self.skip_weights[0]), mix_2D[1]))
-        elif joins > 0 and skips:
-            skip, weight_D, skips = skips[-1], self.skip_weights[joins], skips[:-1]
-        keep = 0 < i < self.encoder_layers
-        u, rows, factor_BT, kept = epilogue.enter(
-            stream.x, x0, mix_2D, damp, skip=skip, skip_weight_D=weight_D, keep=keep
-        )
-        if self.attention_backend == "flash4":
-            gain_H, kv_heads = self.block(i).attn.q_gain, self.config.kv_heads
-            t, squares = joined_attention.attention_half(
-                rows, weights.qkv[i], factor_BT, value_embed, gain_H, kv_heads, *rotary,
-                weights.out[i], u,
-            )  # fmt: skip
-        else:
-            qkv = F.linear(rows, weights.qkv[i])
-            attended = self._attend(i, qkv, rotary, value_embed, factor_BT)
-            t, squares = epilogue.linear_add(attended.flatten(2), weights.out[i], u)
-        x = epilogue.mlp_half(t, squares, weights.up[i], weights.down[i], damp)
-        return Stream(x, None, skips if kept is None else (*skips, kept))
 
     def _enter(
         self, i: int, stream: Stream, x0: Tensor, damp: float
@@ -391,18 +361,13 @@ class GPT(nn.Module):
         qkv: Tensor,
         rotary: tuple[Tensor, Tensor],
         value_embed: Tensor | None,
-        factor_BT: Tensor | None = None,
     ) -> Tensor:
-        """Attention [B, T, H, K] between the heads of a joint projection, XSA included.
-
-        `factor_BT`: what its rows are still to be multiplied by, if anything.
-        """
+        """Attention [B, T, H, K] between the heads of a joint projection, XSA included."""
         gain_H, kv_heads = self.block(i).attn.q_gain, self.config.kv_heads
         heads = (qkv, value_embed, gain_H, kv_heads, *rotary)
-        fused = self.passes_backend != "reference"
-        if self.attention_backend == "flash4" and fused and factor_BT is None:
+        if self.attention_backend == "flash4" and self.passes_backend != "reference":
             return heads_flash4.attend(*heads)
-        q, k, v, own_v = passes.split_heads(*heads, factor_BT, backend=self.passes_backend)
+        q, k, v, own_v = passes.split_heads(*heads, backend=self.passes_backend)
         y = layers.causal_attention(q, k, v, self.attention_backend)
         return passes.exclude_self(y, own_v, backend=self.passes_backend)
 

@@ -224,22 +224,22 @@ FAULTS = [
     Fault(
         "kernels/epilogue.py",
         "norm's gradient of the MLP half without the damping",
-        "inverse_square_M = (factor_M / ctx.damp).square()",
+        "inverse_square_M = (factor_M / damp).square()",
         "inverse_square_M = factor_M.square()",
         _EPILOGUE,
     ),
     Fault(
         "trainer/model.py",
         "joined blocks are never taken",
-        '"epilogue" and whole_windows',
-        '"epilogue" and not whole_windows',
+        'self.passes_backend != "epilogue" or cache is not None',
+        'self.passes_backend == "epilogue" or cache is not None',
         _JOINED_MODEL,
     ),
     Fault(
         "trainer/model.py",
         "joined blocks are for training alone",
-        '"epilogue" and whole_windows',
-        '"epilogue" and whole_windows and torch.is_grad_enabled()',
+        'self.passes_backend != "epilogue" or',
+        'self.passes_backend != "epilogue" or not torch.is_grad_enabled() or',
         _JOINED_MODEL,
     ),
     Fault(

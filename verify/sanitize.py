@@ -14,6 +14,7 @@ from torch import Tensor
 from kernels import (
     backward_triton,
     cutlass,
+    entry_cutlass,
     exclude_self_cutlass,
     flash4,
     forward_triton,
@@ -66,6 +67,8 @@ def cutlass_runs(m: int, d: int, f: int, device: str) -> dict[str, Callable[...,
     embed, gain = _normal(device, m, kv_heads * size), torch.ones(query_heads, device=device)
     tables = (torch.ones(LENGTH, heads_cutlass.HALF, device=device) for _ in range(2))
 
+    channels = torch.ones(2, d, device=device)
+    ended = (post, w_down, go, x, channels)
     members, window = exclude_self_cutlass.MEMBERS, math.gcd(m, LENGTH)
     w_out, y = _normal(device, d, members * size), _normal(device, m, members * size)
     joint = _normal(device, m, (members + 2) * size)
@@ -85,6 +88,8 @@ def cutlass_runs(m: int, d: int, f: int, device: str) -> dict[str, Callable[...,
         "heads": partial(
             heads_cutlass.run_project_heads, x, w_qkv, factor, embed, gain, kv_heads, *tables
         ),
+        "linear_mix": partial(entry_cutlass.run_linear_mix, *ended, None, None),
+        "linear_mix_skip": partial(entry_cutlass.run_linear_mix, *ended, x, channels[0]),
         "exclude_self": partial(
             exclude_self_cutlass.run_exclude_self_gradient,
             *(x, w_out, y, joint, members, window, flash4.padded(window)),

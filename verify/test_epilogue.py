@@ -88,7 +88,8 @@ for check_place in ("check_cuda_tensors", "check_rows"):
 joined_attention.check_cuda_tensors = pass_ops.check_cuda_tensors
 for name, replacement in flash4_stand_in.replacements().items():
     setattr(flash4, name, replacement)
-epilogue.cutlass = reference  # no CUTLASS on a CPU: its products by their plain meaning
+# No CUTLASS on a CPU: its products by their plain meaning.
+epilogue.cutlass = epilogue.entry_cutlass = reference
 joined_attention.cutlass = joined_attention.heads_cutlass = reference
 joined_attention.exclude_self_cutlass = reference
 plain_mlp = mlp.load_backend("reference")
@@ -96,16 +97,18 @@ mlp.load_backend = lambda name: plain_mlp
 layers = int(sys.argv[2])
 embedded = (1, layers - 1) if layers > 2 else (1,)
 plain = random_model(replace(TINY, layers=layers, value_embed_layers=embedded)).requires_grad_()
-halves, half = [], epilogue.mlp_half
+halves = []
 
 def joined_blocks(*arguments, **options):
     halves.clear()
     joined.hidden(*arguments, **options)
     return len(halves)
 
-def counted(*arguments):
-    halves.append(arguments)
-    return half(*arguments)
+def counted(half):
+    def call(*arguments, **options):
+        halves.append(half)
+        return half(*arguments, **options)
+    return call
 
 joined = GPT(plain.config, mlp="cutlass", passes="epilogue", attention=sys.argv[1])
 joined.load_state_dict(plain.state_dict())
@@ -132,7 +135,7 @@ with torch.no_grad():
     assert seen.keys() == plainly.keys() != set()
     for name, x in plainly.items():
         check(name, relative_error(seen[name], x), budget)
-epilogue.mlp_half = counted
+epilogue.mlp_half, epilogue.mlp_enter = counted(epilogue.mlp_half), counted(epilogue.mlp_enter)
 assert joined_blocks(ids) == layers, "every block of whole windows is joined"
 with torch.no_grad():
     assert joined_blocks(ids) == layers, "without gradients too"
