@@ -21,7 +21,13 @@ from torch import Tensor
 from bench.scale import Scale, current
 from bench.stopwatch import Subject, time_interleaved
 from kernels import flash4, heads_triton, joined_heads_triton, reference, residual_triton
-from kernels.tiles import HEADS_SUMMING_BLOCK, ROW_BLOCK, SUMMING_BLOCK, RowBlock
+from kernels.tiles import (
+    HEADS_SUMMING_BLOCK,
+    ROW_BLOCK,
+    SKIP_SUMMING_BLOCK,
+    SUMMING_BLOCK,
+    RowBlock,
+)
 from profiles import ceilings
 from trainer import environment, files
 from trainer.errors import ConfigError, FairwayError
@@ -170,7 +176,7 @@ def passes(scale: Scale) -> dict[str, Pass]:
                 (du, dn),
             ),
             lambda: (du, dn, t, x0, skip, *mixed_back(SUMMING_BLOCK, None)[:2], skip),
-            summing=SUMMING_BLOCK,
+            summing=SKIP_SUMMING_BLOCK,
             blocks=SUMMING,
         ),
         "mix_factor backward": Pass(
@@ -184,7 +190,7 @@ def passes(scale: Scale) -> dict[str, Pass]:
             lambda b: entered_back(b, skip),
             None,
             lambda: (du, dn, t, x0, skip, *entered_back(SUMMING_BLOCK, None)[:2], skip),
-            summing=SUMMING_BLOCK,
+            summing=SKIP_SUMMING_BLOCK,
             blocks=SUMMING,
         ),
         "joined_heads backward": Pass(

@@ -192,6 +192,7 @@ def instantiate(variant: Variant) -> str:
         "SCHEDULE": variant.schedule,
         "OPERAND": variant.operand,
         "STORES": variant.stores,
+        "LOADS": variant.loads,
         "NAME": variant.name,
     }
     for key, value in values.items():

@@ -15,7 +15,7 @@ from kernels.checks import (
     check_rows,
     check_shape,
 )
-from kernels.tiles import HEADS_SUMMING_BLOCK, SUMMING_BLOCK
+from kernels.tiles import HEADS_SUMMING_BLOCK
 
 
 @torch.library.custom_op("fairway::mix_norm", mutates_args=())
@@ -119,7 +119,7 @@ def _(
     mix_2D: Tensor,
     damp: float | None,
 ) -> list[Tensor]:
-    programs = SUMMING_BLOCK.count(t.shape[0])
+    programs = residual_triton.entry_block(skip is not None).count(t.shape[0])
     sums = t.new_empty((programs, 3, t.shape[1]), dtype=torch.float32)
     gradients = [torch.empty_like(t), torch.empty_like(t), sums]
     return gradients if skip is None else [*gradients, torch.empty_like(t)]

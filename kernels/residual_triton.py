@@ -25,7 +25,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.reference import EPS
-from kernels.tiles import ROW_BLOCK, SUMMING_BLOCK, RowBlock
+from kernels.tiles import ROW_BLOCK, SKIP_SUMMING_BLOCK, SUMMING_BLOCK, RowBlock
 
 
 @triton.jit
@@ -232,6 +232,11 @@ def mix_factor(
     return u, factor
 
 
+def entry_block(skip: bool) -> RowBlock:
+    """Block shape of `mix_norm_backward`, with a skip or without."""
+    return SKIP_SUMMING_BLOCK if skip else SUMMING_BLOCK
+
+
 def mix_norm_backward(
     du: Tensor,
     dn: Tensor,
@@ -242,7 +247,7 @@ def mix_norm_backward(
     skip_weight_D: Tensor | None,
     mix_2D: Tensor,
     damp: float | None,
-    block: RowBlock = SUMMING_BLOCK,
+    block: RowBlock | None = None,
 ) -> list[Tensor]:
     """Gradients at x (and branch) and x0, partial sums [P, 3, D] of those at a, b and w; and dskip.
 
@@ -253,8 +258,10 @@ def mix_norm_backward(
         t: as the forward pass gave it; without damp, x.
         x0, skip, skip_weight_D, mix_2D: the forward pass's; weights float32.
         damp: that of `mix_norm`, or None after `mix_factor`.
+        block: none: `entry_block`'s.
     """
     M, D = t.shape
+    block = block or entry_block(skip is not None)
     programs = block.count(M)
     dx, dx0 = torch.empty_like(t), torch.empty_like(t)
     dskip = dx if skip is None else torch.empty_like(t)

@@ -90,6 +90,8 @@ ROW_BLOCK = RowBlock(4, 4)
 """Passes that only map rows to rows."""
 SUMMING_BLOCK = RowBlock(2, 2, programs=2112)
 """The entry of a block, backward: few rows, for the sums over rows take registers."""
+SKIP_SUMMING_BLOCK = RowBlock(1, 2, programs=1056)
+"""The same with a skip: a sum more in registers."""
 HEADS_SUMMING_BLOCK = RowBlock(4, 4, programs=2112)
-"""The heads, backward: their sums are one number a head. Both by `python -m bench.passes --blocks`
-on an H100."""
+"""The heads, backward: their sums are one number a head. All three by `python -m bench.passes
+--blocks` on an H100."""

@@ -21,6 +21,7 @@ class Variant:
         schedule: `PingPong` (two consumer groups take turns with whole tiles, so that one's
             epilogue hides behind the other's main loop) or `Cooperative` (both share a tile).
         stores: pieces of the epilogue that may be on their way to memory at once.
+        loads: pieces of the GEMM's C operand, if it has one, that may be on their way from it.
         operand: where `dpre` takes act_grad from: an auxiliary load, or the GEMM's C operand.
     """
 
@@ -42,6 +43,7 @@ class Variant:
     epilogue: Pair
     schedule: Literal["PingPong", "Cooperative"]
     stores: int = 2
+    loads: int = 4
     operand: Literal["kAux", "kSource"] = "kAux"
 
     @property
@@ -62,7 +64,8 @@ class Variant:
         epilogue = "x".join(map(str, self.epilogue))
         schedule = {"PingPong": "pingpong", "Cooperative": "cooperative"}[self.schedule]
         operand = f"_{self.operand[1:].lower()}" if self.op == "dpre" else ""
-        return f"{self.op}_{schedule}_{shape}_c{cluster}_e{epilogue}_s{self.stores}{operand}"
+        buffers = f"s{self.stores}" + (f"_l{self.loads}" if self.loads != 4 else "")
+        return f"{self.op}_{schedule}_{shape}_c{cluster}_e{epilogue}_{buffers}{operand}"
 
 
 _ALL = (
@@ -78,21 +81,22 @@ _ALL = (
     Variant("up", (128, 256, 64), (2, 1), (128, 64), "Cooperative"),
     Variant("activation", (128, 128, 64), (1, 1), (64, 64), "PingPong"),
     Variant("linear_add", (128, 128, 64), (1, 2), (64, 64), "PingPong"),
+    Variant("linear_add", (128, 128, 64), (1, 2), (64, 64), "PingPong", loads=8),
     Variant("linear_add", (128, 256, 64), (2, 1), (128, 64), "Cooperative"),
     Variant("up_scaled", (128, 128, 64), (2, 1), (64, 64), "PingPong"),
     Variant("up_scaled", (128, 128, 64), (1, 2), (64, 64), "PingPong"),
     Variant("dpre_scaled", (128, 128, 64), (2, 1), (64, 64), "PingPong"),
-    Variant("dpre_scaled", (128, 128, 64), (1, 1), (64, 64), "PingPong"),
+    Variant("dpre_scaled", (128, 128, 64), (2, 1), (64, 64), "PingPong", loads=8),
     Variant("norm_gradient", (128, 128, 64), (1, 2), (64, 64), "PingPong"),
-    Variant("norm_gradient", (128, 256, 64), (2, 1), (128, 32), "Cooperative"),
+    Variant("norm_gradient", (128, 128, 64), (1, 2), (64, 64), "PingPong", loads=6),
     Variant("heads", (128, 128, 64), (1, 2), (64, 64), "PingPong"),
     Variant("heads", (128, 256, 64), (2, 1), (128, 64), "Cooperative"),
     Variant("exclude_self", (128, 128, 64), (1, 2), (64, 64), "PingPong"),
-    Variant("exclude_self", (128, 128, 64), (2, 1), (64, 64), "PingPong"),
+    Variant("exclude_self", (128, 128, 64), (1, 2), (64, 64), "PingPong", loads=6),
+    Variant("linear_mix", (128, 128, 64), (1, 2), (64, 64), "PingPong", loads=3),
     Variant("linear_mix", (128, 128, 64), (1, 2), (64, 64), "PingPong"),
-    Variant("linear_mix", (128, 128, 64), (2, 1), (64, 64), "PingPong"),
+    Variant("linear_mix_skip", (128, 128, 64), (1, 2), (64, 64), "PingPong", loads=3),
     Variant("linear_mix_skip", (128, 128, 64), (1, 2), (64, 64), "PingPong"),
-    Variant("linear_mix_skip", (128, 128, 64), (2, 1), (64, 64), "PingPong"),
 )
 """Fastest first, then what the kernel table compares it with; kernels/NOTES.md has those tried
 and dropped."""

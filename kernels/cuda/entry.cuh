@@ -80,9 +80,7 @@ struct Enter : Node<EnterArguments> {
 
 template <class V, bool kSkip>
 struct EntryGemm {
-  // Fewer than elsewhere: there are up to three matrices to load, and the main loop wants the rest.
-  static constexpr int kLoads = V::kStores + 1;
-  using Rows = AuxLoad<V, Element, kLoads>;
+  using Rows = AuxLoad<V, Element>;
   using StoreX = AuxStore<V, Element>;
   using X = fusion::Sm90EVT<
       typename StoreX::Node, fusion::Sm90EVT<Compute<cutlass::plus, float>, fusion::Sm90AccFetch,
@@ -91,7 +89,7 @@ struct EntryGemm {
       kSkip, fusion::Sm90EVT<Enter<V>, X, typename Rows::Node, typename Rows::Node>,
       fusion::Sm90EVT<Enter<V>, X, typename Rows::Node>>;
   using Tree = fusion::Sm90EVT<RowSquares, U>;
-  using Fused = FusedGemm<V, ColumnMajor, Element, Tree, kLoads>;
+  using Fused = FusedGemm<V, ColumnMajor, Element, Tree>;
 
   static int run(Element const* y, Element const* w, Element const* residual, Element const* x0,
                  Element const* skip, EnterArguments const& enter, Element* x, Element* u,

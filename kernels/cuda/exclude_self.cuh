@@ -70,7 +70,7 @@ struct ExcludeSelf : Node<ExcludeSelfArguments> {
 
   struct ConsumerStoreCallbacks : fusion::detail::EmptyConsumerStoreCallbacks {
     ExcludeSelfArguments const& params;
-    int rows;    // M
+    int rows;    // M, or 0 past the last head: clusters and bands of tiles reach there
     int row;     // this thread's first
     int column;  // likewise
     // Of a group's first head, and rounded: in float32 they would spill.
@@ -183,9 +183,9 @@ struct ExcludeSelf : Node<ExcludeSelfArguments> {
       fusion::detail::ConsumerStoreArgs<Args...> const& args) {
     static_assert(Head::as_expected(decltype(args.tCcD.layout()){}), "another order of elements");
     auto [M, N, K, L] = args.problem_shape_mnkl;
-    return ConsumerStoreCallbacks(this->params, int(M),
-                                  int(M) - int(cute::get<0>(args.residue_tCcD)),
-                                  int(N) - int(cute::get<1>(args.residue_tCcD)));
+    int const column = int(N) - int(cute::get<1>(args.residue_tCcD));
+    return ConsumerStoreCallbacks(this->params, column < int(N) ? int(M) : 0,
+                                  int(M) - int(cute::get<0>(args.residue_tCcD)), column);
   }
 };
 

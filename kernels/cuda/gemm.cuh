@@ -52,26 +52,28 @@ struct PingPong {
 };
 
 // Shape of a variant. The epilogue works on the tile in pieces of EpilogueTile and may have
-// kStores of them on their way to memory.
-template <class Tile_, class Cluster_, class EpilogueTile_, class Schedule_, int kStores_>
+// kStores of them on their way to memory, and kLoads pieces of C on their way from it.
+template <class Tile_, class Cluster_, class EpilogueTile_, class Schedule_, int kStores_,
+          int kLoads_>
 struct Variant {
   using Tile = Tile_;
   using Cluster = Cluster_;
   using EpilogueTile = EpilogueTile_;
   using Schedule = Schedule_;
   static constexpr int kStores = kStores_;
+  static constexpr int kLoads = kLoads_;
 };
 
-// Pieces of C, or of a matrix beside it, that may be on their way from memory at once.
+// Buffers for pieces of C, or of a matrix beside it.
 template <class V, class ElementC>
 constexpr int kLoadsOf = [] {
   constexpr int kPieces =
       cute::size(cute::shape_div(cute::take<0, 2>(typename V::Tile{}), typename V::EpilogueTile{}));
-  return cute::max(cute::min(kPieces, 4), cute::is_void_v<ElementC> ? 0 : V::kStores + 1);
+  return cute::is_void_v<ElementC> ? cute::min(kPieces, 4) : V::kLoads;
 }();
 
 // A GEMM whose epilogue is the visitor tree `Tree`; ElementC is void when the tree loads no C.
-template <class V, class LayoutB, class ElementC, class Tree, int kLoads = kLoadsOf<V, ElementC>>
+template <class V, class LayoutB, class ElementC, class Tree>
 struct FusedGemm {
   // CUTLASS's own choice is two store buffers, each store held back by one piece; four at once
   // hide better behind the main loop (kernels/NOTES.md), so the policy is spelt out here.
@@ -80,6 +82,8 @@ struct FusedGemm {
       cute::size(cute::shape_div(cute::take<0, 2>(typename V::Tile{}), typename V::EpilogueTile{}));
   static constexpr int kFragment =
       cute::size(typename V::EpilogueTile{}) / V::Schedule::kThreads;
+  static constexpr int kLoads = kLoadsOf<V, ElementC>;
+  static_assert(!kReuseC || kLoads > V::kStores, "a piece is free again a store later");
   using Policy = cutlass::epilogue::Sm90TmaWarpSpecialized<kLoads, V::kStores, kFragment, kReuseC,
                                                            /*DelayTmaStore=*/false>;
   static_assert(V::kStores <= kPieces, "more store buffers than pieces of a tile");
@@ -158,13 +162,13 @@ namespace collective = cutlass::epilogue::collective::detail;
 
 // A matrix [M,N] that an epilogue reads beside C, `ElementC`; N may be columns of wider rows. It
 // shares C's load pipeline, so that their buffers are as many.
-template <class V, class ElementC, int kLoads = kLoadsOf<V, ElementC>>
+template <class V, class ElementC>
 struct AuxLoad {
   using Descriptor =
       collective::EpilogueDescriptor<typename V::Tile, typename V::EpilogueTile, ElementC, Element,
                                      typename V::Schedule::Epilogue>;
   using Aux = collective::AuxLoadDescriptor<Descriptor, RowMajor, Element>;
-  using Node = fusion::Sm90AuxLoad<kLoads, typename Descriptor::EpilogueTile, Element,
+  using Node = fusion::Sm90AuxLoad<kLoadsOf<V, ElementC>, typename Descriptor::EpilogueTile, Element,
                                    typename Aux::Stride, typename Aux::SmemLayoutAtom,
                                    typename Aux::CopyOpS2R, kAlignment, /*EnableNullptr=*/false>;
 
