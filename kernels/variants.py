@@ -81,22 +81,21 @@ _ALL = (
     Variant("up", (128, 256, 64), (2, 1), (128, 64), "Cooperative"),
     Variant("activation", (128, 128, 64), (1, 1), (64, 64), "PingPong"),
     Variant("linear_add", (128, 128, 64), (1, 2), (64, 64), "PingPong"),
-    Variant("linear_add", (128, 128, 64), (1, 2), (64, 64), "PingPong", loads=8),
     Variant("linear_add", (128, 256, 64), (2, 1), (128, 64), "Cooperative"),
     Variant("up_scaled", (128, 128, 64), (2, 1), (64, 64), "PingPong"),
     Variant("up_scaled", (128, 128, 64), (1, 2), (64, 64), "PingPong"),
     Variant("dpre_scaled", (128, 128, 64), (2, 1), (64, 64), "PingPong"),
     Variant("dpre_scaled", (128, 128, 64), (2, 1), (64, 64), "PingPong", loads=8),
+    Variant("norm_gradient", (128, 128, 64), (1, 2), (64, 32), "PingPong"),
     Variant("norm_gradient", (128, 128, 64), (1, 2), (64, 64), "PingPong"),
-    Variant("norm_gradient", (128, 128, 64), (1, 2), (64, 64), "PingPong", loads=6),
     Variant("heads", (128, 128, 64), (1, 2), (64, 64), "PingPong"),
     Variant("heads", (128, 256, 64), (2, 1), (128, 64), "Cooperative"),
     Variant("exclude_self", (128, 128, 64), (1, 2), (64, 64), "PingPong"),
     Variant("exclude_self", (128, 128, 64), (1, 2), (64, 64), "PingPong", loads=6),
+    Variant("linear_mix", (128, 128, 64), (1, 2), (64, 32), "PingPong", loads=3),
     Variant("linear_mix", (128, 128, 64), (1, 2), (64, 64), "PingPong", loads=3),
-    Variant("linear_mix", (128, 128, 64), (1, 2), (64, 64), "PingPong"),
+    Variant("linear_mix_skip", (128, 128, 64), (1, 2), (64, 32), "PingPong", loads=3),
     Variant("linear_mix_skip", (128, 128, 64), (1, 2), (64, 64), "PingPong", loads=3),
-    Variant("linear_mix_skip", (128, 128, 64), (1, 2), (64, 64), "PingPong"),
 )
 """Fastest first, then what the kernel table compares it with; kernels/NOTES.md has those tried
 and dropped."""
@@ -138,12 +137,14 @@ DPRE_SCALED_PLAN = Plan("dpre_scaled_pingpong_128x128x64_c2x1_e64x64_s2", max_sw
 """Its variant must have the tile, epilogue piece and schedule of UP_SCALED_PLAN's, for it reads the
 signs in the layout they are stored in."""
 
-NORM_GRADIENT_PLAN = Plan("norm_gradient_pingpong_128x128x64_c1x2_e64x64_s2", max_swizzle=2)
+NORM_GRADIENT_PLAN = Plan("norm_gradient_pingpong_128x128x64_c1x2_e64x32_s2", max_swizzle=2)
 
 HEADS_PLAN = Plan("heads_pingpong_128x128x64_c1x2_e64x64_s2", max_swizzle=2)
 
 EXCLUDE_SELF_PLAN = Plan("exclude_self_pingpong_128x128x64_c1x2_e64x64_s2", max_swizzle=2)
 
-LINEAR_MIX_PLAN = Plan("linear_mix_pingpong_128x128x64_c1x2_e64x64_s2", max_swizzle=2)
+LINEAR_MIX_PLAN = Plan("linear_mix_pingpong_128x128x64_c1x2_e64x32_s2_l3", max_swizzle=2)
 
-LINEAR_MIX_SKIP_PLAN = Plan("linear_mix_skip_pingpong_128x128x64_c1x2_e64x64_s2", max_swizzle=2)
+LINEAR_MIX_SKIP_PLAN = Plan(
+    "linear_mix_skip_pingpong_128x128x64_c1x2_e64x32_s2_l3", max_swizzle=2
+)

@@ -109,7 +109,6 @@ def test_default_plan_names_a_variant(op: str) -> None:
     names = [name for name in NAMES if VARIANTS[name].op == op]
     assert PLANS[op].variant in names
     assert len(names) >= 2
-    assert all(VARIANTS[name].epilogue[1] == 64 for name in names)
 
 
 @pytest.mark.parametrize("skip", [False, True])

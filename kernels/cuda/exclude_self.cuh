@@ -66,6 +66,7 @@ template <class V>
 struct ExcludeSelf : Node<ExcludeSelfArguments> {
   using Node<ExcludeSelfArguments>::Node;
   using Head = PieceFragment<V>;
+  static_assert(Head::kColumns == kHeadSize, "a piece holds one head");
   static_assert(cute::size<1>(typename V::Tile{}) == kMembers * kHeadSize, "a tile is a group");
 
   struct ConsumerStoreCallbacks : fusion::detail::EmptyConsumerStoreCallbacks {

@@ -47,21 +47,20 @@ struct Node {
   Params params;
 };
 
-// A thread's share of an epilogue piece 64 columns wide, one head: where its values lie.
+// A thread's share of an epilogue piece: where its values lie.
 //
-// wgmma's accumulators of 64 columns: pairs of neighbours, in two rows 8 apart, in 8 groups of 8
-// columns. A row's columns lie in 4 neighbouring lanes, a column and its rotary partner in one.
+// wgmma's accumulators: pairs of neighbours, in two rows 8 apart, in groups of 8 columns. A row's
+// columns lie in 4 neighbouring lanes; columns 8 apart, as rotary partners are, in one.
 template <class V>
 struct PieceFragment {
-  static constexpr int kValues = 32;
-  static constexpr int kColumns = 64;
+  static constexpr int kColumns = cute::size<1>(typename V::EpilogueTile{});
+  static constexpr int kValues =
+      cute::size(typename V::EpilogueTile{}) / V::Schedule::kThreads;
   static constexpr int kRows = 2;
   static constexpr int kRowStep = 8;
   static constexpr int kPieceRows = cute::size<0>(typename V::EpilogueTile{});
   static constexpr int kPiecesM = cute::size<0>(typename V::Tile{}) / kPieceRows;
   static constexpr int kTileRows = kPiecesM * kRows;  // of one thread
-  static_assert(cute::size<1>(typename V::EpilogueTile{}) == kColumns);
-  static_assert(cute::size(typename V::EpilogueTile{}) == kValues * V::Schedule::kThreads);
 
   CUTLASS_HOST_DEVICE static constexpr int row_of(int i) { return i / 2 % 2; }
 
@@ -224,19 +223,19 @@ struct Signs {
   // A thread's four words; null where the tile lies outside the matrix.
   template <class Pointer, class Args>
   CUTLASS_DEVICE static Pointer place(Pointer signs, Args const& args) {
-    Pointer const first = tile(signs, args);
-    return first == nullptr ? nullptr : first + args.thread_idx;
+    int64_t const at = tile(args);
+    return at < 0 ? nullptr : signs + at * kThreads + args.thread_idx;
   }
 
-  // The first thread's words of a tile; null likewise.
-  template <class Pointer, class Args>
-  CUTLASS_DEVICE static Pointer tile(Pointer signs, Args const& args) {
+  // Number of a tile, or -1 outside the matrix.
+  template <class Args>
+  CUTLASS_DEVICE static int64_t tile(Args const& args) {
     auto [M, N, K, L] = args.problem_shape_mnkl;
     auto [m, n, k, l] = args.tile_coord_mnkl;
     int const rows = cute::ceil_div(int(M), int(cute::size<0>(args.tile_shape_mnk)));
     int const columns = cute::ceil_div(int(N), int(cute::size<1>(args.tile_shape_mnk)));
     bool const inside = int(m) < rows && int(n) < columns;
-    return inside ? signs + (int64_t(m) * columns + int(n)) * kThreads : nullptr;
+    return inside ? int64_t(m) * columns + int(n) : -1;
   }
 };
 
@@ -298,15 +297,17 @@ struct ActivationBackward : Node<ActivationBackwardArguments> {
   // The load warp runs a tile ahead: it has the tile's signs brought from memory to L2, so that the
   // epilogue, which waits for them before its first value, waits less.
   struct ProducerLoadCallbacks : fusion::detail::EmptyProducerLoadCallbacks {
-    uint4 const* tile;  // null where it lies outside the matrix
+    uint4 const* signs;
+    int64_t tile;  // -1 outside the matrix
 
-    CUTLASS_DEVICE explicit ProducerLoadCallbacks(uint4 const* tile_) : tile(tile_) {}
+    CUTLASS_DEVICE ProducerLoadCallbacks(uint4 const* signs_, int64_t tile_)
+        : signs(signs_), tile(tile_) {}
 
     CUTLASS_DEVICE void begin() {
-      if (tile != nullptr && cute::elect_one_sync()) {
+      if (tile >= 0 && cute::elect_one_sync()) {
         constexpr uint32_t kBytes = Signs<V>::kThreads * sizeof(uint4);
         asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(
-                         __cvta_generic_to_global(tile)),
+                         __cvta_generic_to_global(signs + tile * Signs<V>::kThreads)),
                      "r"(kBytes));
       }
     }
@@ -315,7 +316,7 @@ struct ActivationBackward : Node<ActivationBackwardArguments> {
   template <class... Args>
   CUTLASS_DEVICE auto get_producer_load_callbacks(
       fusion::detail::ProducerLoadArgs<Args...> const& args) {
-    return ProducerLoadCallbacks(Signs<V>::tile(this->params.signs, args));
+    return ProducerLoadCallbacks(this->params.signs, Signs<V>::tile(args));
   }
 
   template <class Rows>
