@@ -16,6 +16,7 @@ K head size, R = H/G members of a group.
 """
 
 import importlib
+import os
 from functools import cache
 from importlib import metadata
 from typing import Any
@@ -28,6 +29,11 @@ from kernels.checks import require_hopper_device
 VERSION = "4.0.0b36"
 REQUIREMENT = f"flash-attn-4[cu13]=={VERSION}"
 INSTALL = f'pip install "{REQUIREMENT}"'
+
+CACHE_SWITCH, CACHE_FOLDER = (
+    f"FLASH_ATTENTION_CUTE_DSL_CACHE_{name}" for name in ("ENABLED", "DIR")
+)
+"""Environment variables of the package: whether compiled kernels are kept on disk (1), and where."""
 
 HEAD_SIZE = 64
 """Heads whose float32 sums of dQ `kernels.heads_triton.sum_at` can read."""
@@ -73,6 +79,8 @@ def interface() -> Any:
                 f"attention 'flash4' calls flash-attn-4 {VERSION} by its private functions, but "
                 f"{found} is installed; install it with `{INSTALL}`"
             )
+        # Compiled kernels are kept for the next process, unless the user has said otherwise.
+        os.environ.setdefault(CACHE_SWITCH, "1")
         return importlib.import_module("flash_attn.cute.interface")
     except ImportError as error:
         raise RuntimeError(
