@@ -275,9 +275,12 @@ def test_ranks_may_unpack_at_once(script: bytes, folder: Path, tmp_path: Path) -
     """Eight ranks that start together end with one whole folder and no remains."""
     path = tmp_path / "train_gpt.py"
     path.write_bytes(script)
-    unpack = _started(path)["unpack"]
+    started = _started(path)
+    program, archive = started["program"](), started["number"](started["ARCHIVE"])
+    text = program["decode"](archive)
+    program["decode"] = lambda _: text  # threads would take turns at it
     with ThreadPoolExecutor(8) as pool:
-        folders = set(pool.map(lambda _: unpack(path), range(8)))
+        folders = set(pool.map(lambda _: program["unpack"](path, archive, "x"), range(8)))
     assert folders == {_unpacked(tmp_path)}
     for name in (*pack.modules(), "kernels.cuda.gemm"):
         stem = name.replace(".", "/")
@@ -292,7 +295,7 @@ def test_a_changed_script_does_not_start(script: bytes, tmp_path: Path) -> None:
     path = tmp_path / "train_gpt.py"
     path.write_bytes(script.decode("latin-1").encode("utf-8"))
     with pytest.raises(SystemExit, match="copy it again"):
-        _started(path)["unpack"](path)
+        _started(path)["program"]()
     assert not list(tmp_path.glob(".fairway-*"))
 
 

@@ -147,7 +147,7 @@ def _script(submission: Submission) -> str:
     )
     return (
         f"`train_gpt.py` ({submission.bytes_code:,} bytes) holds the minified sources of the "
-        "packages `trainer` and `kernels`, as far as a run needs them, compressed with Brotli, and "
+        "packages `trainer` and `kernels`, as far as a run needs them, compressed, and "
         f"unpacks them into a hidden folder beside itself when it starts. {same} It was made by "
         "`python -m trainer.submission`; the same sources give the same bytes."
     )
