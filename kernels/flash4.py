@@ -33,7 +33,7 @@ INSTALL = f'pip install "{REQUIREMENT}"'
 CACHE_SWITCH, CACHE_FOLDER = (
     f"FLASH_ATTENTION_CUTE_DSL_CACHE_{name}" for name in ("ENABLED", "DIR")
 )
-"""Environment variables of the package: whether it keeps compiled kernels on disk (1), and where."""
+"""Environment variables of the package: whether compiled kernels stay on disk (1), and where."""
 
 HEAD_SIZE = 64
 """Heads whose float32 sums of dQ `kernels.heads_triton.sum_at` can read."""
