@@ -145,6 +145,4 @@ EXCLUDE_SELF_PLAN = Plan("exclude_self_pingpong_128x128x64_c1x2_e64x64_s2", max_
 
 LINEAR_MIX_PLAN = Plan("linear_mix_pingpong_128x128x64_c1x2_e64x32_s2_l3", max_swizzle=2)
 
-LINEAR_MIX_SKIP_PLAN = Plan(
-    "linear_mix_skip_pingpong_128x128x64_c1x2_e64x32_s2_l3", max_swizzle=2
-)
+LINEAR_MIX_SKIP_PLAN = Plan("linear_mix_skip_pingpong_128x128x64_c1x2_e64x32_s2_l3", max_swizzle=2)
