@@ -180,8 +180,9 @@ def _built_with(sidecar: Path) -> str | None:
 
 def instantiate(variant: Variant) -> str:
     """Source of a variant's translation unit."""
-    text = (SOURCES / f"{variant.op}.cu.in").read_text()
+    text, shape = ((SOURCES / f"{name}.cu.in").read_text() for name in (variant.op, "variant"))
     values = {
+        "VARIANT": shape.rstrip(),
         "M": variant.tile[0],
         "N": variant.tile[1],
         "K": variant.tile[2],

@@ -12,6 +12,9 @@ from torch import Tensor
 from kernels import checks, cutlass
 from kernels.variants import LINEAR_MIX_PLAN, LINEAR_MIX_SKIP_PLAN, VARIANTS, Plan
 
+PAIR_BYTES = 8
+"""Channels' factors are read two at a time."""
+
 
 def check_linear_mix(
     y_MK: Tensor,
@@ -35,7 +38,11 @@ def check_linear_mix(
     checks.check_float32("mix [2, N]", mix_2N, 2, n)
     if skip_weight_N is not None:
         checks.check_float32("skip_weight [N]", skip_weight_N, n)
-    checks.check_cuda_tensors(y=y_MK, mix=mix_2N, skip_weight=skip_weight_N)
+    channels = {"mix": mix_2N, "skip_weight": skip_weight_N}
+    checks.check_cuda_tensors(y=y_MK, **channels)
+    for name, factors in channels.items():
+        if factors is not None and factors.data_ptr() % PAIR_BYTES:
+            raise ValueError(f"{name} must start at a multiple of {PAIR_BYTES} bytes; clone it")
 
 
 def run_linear_mix(

@@ -142,6 +142,7 @@ def _changed(**changes: Any) -> list[Any]:
         ({"mix": torch.zeros(2, 8)}, r"mix \[2, N\] must be float32 \(2, 16\)"),
         ({"mix": torch.zeros(2, 16, dtype=BF16)}, "mix .* must be float32"),
         ({"weight": torch.zeros(8)}, r"skip_weight \[N\] must be float32 \(16,\)"),
+        ({"weight": torch.zeros(17)[1:]}, "skip_weight must start at a multiple of 8 bytes"),
     ],
 )
 def test_bad_arguments_are_named(

@@ -93,7 +93,8 @@ struct NormGradientGemm {
   using Rows = AuxLoad<V, Element>;
   using Sum = fusion::Sm90EVT<Compute<cutlass::plus, float>, fusion::Sm90AccFetch,
                               fusion::Sm90SrcFetch<Element>>;
-  using Tree = fusion::Sm90EVT<Compute<TakeScaled, Element>, RowFactor<V>, typename Rows::Node, Sum>;
+  using Tree =
+      fusion::Sm90EVT<Compute<TakeScaled, Element>, RowFactor<V>, typename Rows::Node, Sum>;
   using Fused = FusedGemm<V, RowMajor, Element, Tree>;
 
   static int run(Element const* dpre, Element const* w_up, Element const* go, Element const* t,

@@ -1,10 +1,10 @@
 // The gradient at attention's output, through the out-projection and XSA in one product.
 //
 // ExcludeSelfGemm: of g = go[M,D] @ w[D,N], the gradient at XSA's result, N = H 64:
-//   dy[M,N]            = g - (g . u) u, with u the unit vector of the head's own value
-//   dv[M,G 64]         = -sum over the heads of a group of (y . u) g + (g . u) y - 2 (y . u)(g . u) u,
-//                        divided by the value's length
-//   row_sums[B,H,L]    = y . dy, dy as rounded, which attention's backward pass asks for
+//   dy[M,N]         = g - (g . u) u, with u the unit vector of the head's own value
+//   dv[M,G 64]      = -sum over the heads of a group of (y . u) g + (g . u) y - 2 (y . u)(g . u) u,
+//                     divided by the value's length
+//   row_sums[B,H,L] = y . dy, dy as rounded, which attention's backward pass asks for
 //
 // A tile of 128 columns holds the two heads of one group: their sums stay in registers.
 #pragma once
@@ -169,7 +169,8 @@ struct ExcludeSelf : Node<ExcludeSelfArguments> {
         CUTLASS_PRAGMA_UNROLL
         for (int j = 0; j < 2; ++j) {
           float const unit = inverse * float(v[i + j]);
-          pair[j] = inverse * (along[epi_m][half] * unit - (float(d_unit[epi_m][i + j]) + terms[i + j]));
+          float const sum = float(d_unit[epi_m][i + j]) + terms[i + j];
+          pair[j] = inverse * (along[epi_m][half] * unit - sum);
         }
         if (at < rows) {
           *reinterpret_cast<cutlass::Array<Element, 2>*>(to + Head::column_of(i)) =

@@ -168,9 +168,10 @@ struct AuxLoad {
       collective::EpilogueDescriptor<typename V::Tile, typename V::EpilogueTile, ElementC, Element,
                                      typename V::Schedule::Epilogue>;
   using Aux = collective::AuxLoadDescriptor<Descriptor, RowMajor, Element>;
-  using Node = fusion::Sm90AuxLoad<kLoadsOf<V, ElementC>, typename Descriptor::EpilogueTile, Element,
-                                   typename Aux::Stride, typename Aux::SmemLayoutAtom,
-                                   typename Aux::CopyOpS2R, kAlignment, /*EnableNullptr=*/false>;
+  using Node =
+      fusion::Sm90AuxLoad<kLoadsOf<V, ElementC>, typename Descriptor::EpilogueTile, Element,
+                          typename Aux::Stride, typename Aux::SmemLayoutAtom,
+                          typename Aux::CopyOpS2R, kAlignment, /*EnableNullptr=*/false>;
 
   static typename Node::Arguments arguments(Element const* matrix, int m, int row_width) {
     auto stride = cutlass::make_cute_packed_stride(typename Aux::Stride{}, {m, row_width, 1});
@@ -274,7 +275,8 @@ struct UpActivationGemm {
   using ActGrad = fusion::Sm90EVT<fusion::Sm90Compute<ActivationGradient, float, float, kRound>,
                                   fusion::Sm90AccFetch>;
   using Tree = fusion::Sm90EVT<fusion::Sm90Compute<Activation, Element, float, kRound>,
-                               fusion::Sm90EVT<typename StoreActGrad::Node, ActGrad>, fusion::Sm90AccFetch>;
+                               fusion::Sm90EVT<typename StoreActGrad::Node, ActGrad>,
+                               fusion::Sm90AccFetch>;
   using Fused = FusedGemm<V, ColumnMajor, void, Tree>;
 
   static int run(Element const* x, Element const* w_up, Element* act_grad, Element* post, int m,
