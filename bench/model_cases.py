@@ -7,7 +7,7 @@ Letters: B windows, T positions, N tokens, D width, F MLP width.
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,6 +17,7 @@ from bench.scale import Scale, gemm_reference, one_layer
 from bench.stopwatch import Subject
 from kernels.mlp import load_backend, mlp
 from trainer.average import Averages
+from trainer.compiling import compiled
 from trainer.config import MlpBackend
 from trainer.model import GPT
 from trainer.muon import newton_schulz
@@ -36,7 +37,7 @@ def _case(scale: Scale, subject: Subject, gemms: int = 1) -> Case:
 def _compiled(scale: Scale, function: Callable[..., Any]) -> Callable[..., Any]:
     if not scale.cuda:
         return function
-    return cast("Callable[..., Any]", torch.compile(function, fullgraph=True))
+    return compiled(function)
 
 
 def _mlp_inputs(scale: Scale) -> list[tuple[Tensor, Tensor, Tensor, Tensor]]:

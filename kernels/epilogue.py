@@ -1,18 +1,19 @@
 """A block whose sums and norms live in the epilogues of its products, as differentiable functions.
 
 An RMS norm is one factor a row, so a product can read the rows as they are and apply the factor to
-what it gives; and a product that ends a branch can add the stream it joins. What is left between
-the products is one pass at the entry of a block (`enter`) and the passes over the heads.
+what it gives; and a product that ends a branch can add the stream it joins, and enter the next
+block. What is left between the products is one pass at the entry of the first block (`enter`) and
+the passes over the heads.
 
 Gradient of a norm in this form: F(x, factor of x) depends on factor x alone, so the factor's
 gradient is the part along x of the gradient at x with the factor held fixed. Whoever takes a factor
-therefore sends none back; `enter` and `mlp_half` account for it.
+therefore sends none back; `enter`, `mlp_half` and `mlp_enter` account for it.
 
 The model takes them for whole windows, in training and in scoring. Where no gradient is wanted, the
 signs that `up_scaled` leaves for the backward pass are written for nothing.
 
-The products are CUTLASS's (kernels/cutlass.py), the pass is Triton's (kernels/residual_triton.py);
-plain meaning: `kernels.reference`.
+The products are CUTLASS's (kernels/cutlass.py, entry_cutlass.py), the pass is Triton's
+(kernels/residual_triton.py); plain meaning: `kernels.reference`.
 
 Letters: D model width, F MLP width, M rows, N and K columns of a product, P partial sums.
 """

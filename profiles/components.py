@@ -157,8 +157,6 @@ def work(event: Event) -> Work:
         return Work(2.0 * batch * m * k * n, float(batch * (m * k + k * n + m * n)))
     if "scaled_dot_product" in op:
         return _attention_work(op, event.dims)
-    if op.startswith(RESIDUAL_OPS + HEAD_OPS):
-        return Work(0.0, _pass_elements(op, event.dims))
     if op.startswith("fairway::project_heads") and len(matrices) >= 2:
         m, k = matrices[0]
         n = matrices[1][0]
@@ -171,6 +169,8 @@ def work(event: Event) -> Work:
         # `linear_mix`, which has two results, the channels' factors stand for the second.
         streams = len(matrices) - 1
         return Work(2.0 * m * k * n, float(m * k + k * n + streams * m * n))
+    if op.startswith(RESIDUAL_OPS + HEAD_OPS):
+        return Work(0.0, _pass_elements(op, event.dims))
     if op.startswith(MLP_OPS) and len(matrices) >= 2:
         m, width = matrices[0]
         hidden = math.prod(matrices[1]) // width

@@ -293,9 +293,9 @@ FAULTS = [
         _COMPILING,
     ),
     Fault(
-        "trainer/model.py",
+        "trainer/joined_blocks.py",
         "the innermost skip of joined blocks forgotten",
-        "mix_2D[0] * (1 + self.skip_weights[0])",
+        "mix_2D[0] * (1 + model.skip_weights[0])",
         "mix_2D[0] * 1.0",
         _JOINED_MODEL,
     ),

@@ -32,12 +32,12 @@ MLP = [name for name, v in VARIANTS.items() if v.op in ("dpre", "up", "activatio
 
 @pytest.mark.parametrize("variant", VARIANTS.values(), ids=list(VARIANTS))
 def test_source_of_a_variant_has_its_numbers(variant: Variant) -> None:
-    """Each variant's source holds its tile, cluster, epilogue, schedule and stores, in order."""
+    """Each variant's source holds its tile, cluster, epilogue, schedule and buffers, in order."""
     source = build.instantiate(variant)
     assert "@" not in source
     numbers = [int(n) for n in re.findall(r"cute::Int<(\d+)>", source)]
     assert numbers == [*variant.tile, *variant.cluster, 1, *variant.epilogue]
-    assert re.search(rf"fairway::{variant.schedule}, {variant.stores}>;", source)
+    assert re.search(rf"fairway::{variant.schedule}, {variant.stores},\s+{variant.loads}>;", source)
     assert f"int fairway_{variant.name}(" in source
     if variant.op == "dpre":
         assert f"fairway::Operand::{variant.operand}>" in source

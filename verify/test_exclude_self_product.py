@@ -211,15 +211,15 @@ def test_order_of_tiles_changes_no_bit(name: str) -> None:
 @pytest.mark.hopper
 @pytest.mark.parametrize("name", NAMES)
 def test_nothing_outside_the_results_is_written(name: str) -> None:
-    """Ragged tiles write their rows, columns and sums alone."""
-    windows, window, d, heads, padded = 3, 43, 72, (4, 2), 43
+    """Ragged tiles, and those past the last head, write nothing but rows, columns and sums."""
+    windows, window, d, heads, padded = 3, 43, 72, (6, 3), 43
     arguments = _typed(_inputs(windows, window, d, heads, padded, "cuda"), BF16)
     want = exclude_self_cutlass.run_exclude_self_gradient(*arguments, plan=Plan(name))
     buffers = [torch.full((3 * t.numel(),), 7, device="cuda", dtype=t.dtype) for t in want]
     pairs = zip(buffers, want, strict=True)
     results = [b[t.numel() : 2 * t.numel()].view(t.shape) for b, t in pairs]
     sizes = (windows * window, d, window, heads[0], padded)
-    cutlass.launch(Plan(name), (*arguments[:4], *results), sizes)
+    cutlass.launch(Plan(name, max_swizzle=8), (*arguments[:4], *results), sizes)
     for buffer, result, t in zip(buffers, results, want, strict=True):
         assert torch.equal(result, t)
         assert (buffer[: t.numel()] == 7).all()

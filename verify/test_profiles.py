@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from profiles import __main__ as command
 from profiles import nsight, pictures, table, torch_trace
-from profiles.components import Event, Sizes, component, gemm_role, work
+from profiles.components import Event, Sizes, Work, component, gemm_role, work
 from profiles.profile import Ceilings, Profile, build, load, save
 from trainer.config import ModelConfig
 from trainer.errors import DataError
@@ -195,6 +195,36 @@ def test_work_counts_every_operation_once() -> None:
     normed = kernel("x", ("fairway::norm_gradient_cutlass",), "backward", dims)
     assert work(normed).flops == work(fused).flops
     assert work(normed).elements == 6 * 10 + 4 * 10 + 3 * 6 * 4
+
+
+@pytest.mark.parametrize(
+    ("op", "dims", "role", "streams"),
+    [
+        # Beside the factors: y, its gradient, and values with theirs, which are half as wide.
+        (
+            "exclude_self_gradient_cutlass",
+            ((N, D), (D, D), (N, D), (N, D + 2 * KV)),
+            "attention out",
+            3,
+        ),
+        # Residual, x0 and, in one of them, a skip come in; x and u go out.
+        ("linear_mix_cutlass", ((N, F), (D, F), (N, D), (N, D), (2, D)), "MLP", 4),
+        (
+            "linear_mix_cutlass",
+            ((N, F), (D, F), (N, D), (N, D), (2, D), (N, D), (D,)),
+            "MLP",
+            5,
+        ),
+    ],
+)
+def test_products_with_a_pass_in_their_epilogue(
+    op: str, dims: tuple[tuple[int, ...], ...], role: str, streams: int
+) -> None:
+    """They are products, not passes: named by their weight, with its work and every stream once."""
+    event = kernel("cutlass", (f"fairway::{op}",), dims=dims)
+    (m, k), n = dims[0], D
+    assert component(event, RECORD) == f"GEMM {role}"
+    assert work(event) == Work(2.0 * m * k * n, float(m * k + k * n + streams * m * n))
 
 
 def test_work_of_fused_passes_counts_every_tensor_once() -> None:

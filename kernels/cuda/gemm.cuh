@@ -75,8 +75,8 @@ constexpr int kLoadsOf = [] {
 // A GEMM whose epilogue is the visitor tree `Tree`; ElementC is void when the tree loads no C.
 template <class V, class LayoutB, class ElementC, class Tree>
 struct FusedGemm {
-  // CUTLASS's own choice is two store buffers, each store held back by one piece; four at once
-  // hide better behind the main loop (kernels/NOTES.md), so the policy is spelt out here.
+  // CUTLASS's own choice is two store buffers, each store held back by one piece. Here stores are
+  // issued at once and buffers are parameters (kernels/NOTES.md), so the policy is spelt out.
   static constexpr bool kReuseC = !cute::is_void_v<ElementC>;  // D overwrites C's shared memory
   static constexpr int kPieces =
       cute::size(cute::shape_div(cute::take<0, 2>(typename V::Tile{}), typename V::EpilogueTile{}));
