@@ -180,7 +180,8 @@ def _built_with(sidecar: Path) -> str | None:
 
 def instantiate(variant: Variant) -> str:
     """Source of a variant's translation unit."""
-    text, shape = ((SOURCES / f"{name}.cu.in").read_text() for name in (variant.op, "variant"))
+    source = "linear_mix" if variant.skip else variant.op
+    text, shape = ((SOURCES / f"{name}.cu.in").read_text() for name in (source, "variant"))
     values = {
         "VARIANT": shape.rstrip(),
         "M": variant.tile[0],
@@ -194,6 +195,7 @@ def instantiate(variant: Variant) -> str:
         "OPERAND": variant.operand,
         "STORES": variant.stores,
         "LOADS": variant.loads,
+        "SKIP": str(variant.skip).lower(),
         "NAME": variant.name,
     }
     for key, value in values.items():

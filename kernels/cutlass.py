@@ -150,7 +150,7 @@ def run_linear_add(
     checks.require_hopper(x_MK)
     (m, k), n = x_MK.shape, w_NK.shape[0]
     out_MN = torch.empty_like(residual_MN)
-    squares_MP = _row_sums(residual_MN, plan)
+    squares_MP = row_sums(residual_MN, plan)
     launch(plan, (x_MK, w_NK, residual_MN, out_MN, squares_MP), (m, n, k))
     return out_MN, squares_MP
 
@@ -193,7 +193,7 @@ def run_dpre_scaled(
     )
     checks.require_hopper(go_MD)
     dpre_MF = torch.empty_like(post_MF)
-    along_MP = _row_sums(post_MF, plan)
+    along_MP = row_sums(post_MF, plan)
     launch(plan, (go_MD, w_down_DF, post_MF, signs, scale_M, dpre_MF, along_MP), (m, f, d))
     return dpre_MF, along_MP
 
@@ -219,7 +219,7 @@ def signs_shape(m: int, f: int, plan: Plan) -> tuple[int, int, int, int]:
     return -(-m // rows), -(-f // columns), variant.threads, words
 
 
-def _row_sums(matrix: Tensor, plan: Plan) -> Tensor:
+def row_sums(matrix: Tensor, plan: Plan) -> Tensor:
     """Empty float32 [M, P]: one sum a row of the matrix and tile of the plan's along it."""
     m, n = matrix.shape
     return matrix.new_empty((m, -(-n // VARIANTS[plan.variant].tile[1])), dtype=torch.float32)
@@ -316,7 +316,7 @@ def linear_add(x_MK: Tensor, w_NK: Tensor, residual_MN: Tensor) -> tuple[Tensor,
 
 @linear_add.register_fake
 def _(x_MK: Tensor, w_NK: Tensor, residual_MN: Tensor) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(residual_MN), _row_sums(residual_MN, LINEAR_ADD_PLAN)
+    return torch.empty_like(residual_MN), row_sums(residual_MN, LINEAR_ADD_PLAN)
 
 
 @torch.library.custom_op("fairway::up_scaled_cutlass", mutates_args=())
@@ -375,7 +375,7 @@ def dpre_scaled(
 def _(
     go_MD: Tensor, w_down_DF: Tensor, post_MF: Tensor, signs: Tensor, scale_M: Tensor
 ) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(post_MF), _row_sums(post_MF, DPRE_SCALED_PLAN)
+    return torch.empty_like(post_MF), row_sums(post_MF, DPRE_SCALED_PLAN)
 
 
 @torch.library.custom_op("fairway::norm_gradient_cutlass", mutates_args=())

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from kernels import checks, cutlass
-from kernels.variants import LINEAR_MIX_PLAN, LINEAR_MIX_SKIP_PLAN, VARIANTS, Plan
+from kernels.variants import LINEAR_MIX_PLAN, LINEAR_MIX_SKIP_PLAN, Plan
 
 PAIR_BYTES = 8
 """Channels' factors are read two at a time."""
@@ -75,9 +75,7 @@ def run_linear_mix(
 
 def _results(residual_MN: Tensor, plan: Plan) -> tuple[Tensor, Tensor, Tensor]:
     """Empty tensors for the results."""
-    m, n = residual_MN.shape
-    tiles = -(-n // VARIANTS[plan.variant].tile[1])
-    squares_MP = residual_MN.new_empty((m, tiles), dtype=torch.float32)
+    squares_MP = cutlass.row_sums(residual_MN, plan)
     return torch.empty_like(residual_MN), torch.empty_like(residual_MN), squares_MP
 
 

@@ -47,6 +47,11 @@ class Variant:
     operand: Literal["kAux", "kSource"] = "kAux"
 
     @property
+    def skip(self) -> bool:
+        """Whether a skip joins; operators with one and without share a source."""
+        return self.op == "linear_mix_skip"
+
+    @property
     def threads(self) -> int:
         """Threads that share a tile's epilogue."""
         return {"PingPong": 128, "Cooperative": 256}[self.schedule]

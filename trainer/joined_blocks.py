@@ -6,7 +6,6 @@ kernels/joined_attention.py. What ends a block enters the next one in the same p
 Letters: B windows, T positions, D width.
 """
 
-import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -14,8 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels import epilogue, joined_attention, passes
+from kernels import epilogue, joined_attention
 from trainer import layers
+from trainer.layers import damp
 from trainer.states import CastWeights, Stream
 
 if TYPE_CHECKING:
@@ -44,25 +44,20 @@ def run(
 ) -> Stream:
     """The first `count` blocks, at least one, of windows that begin with `x0`, [B, T, D]."""
     entry = _entry(model, 0, ())
-    entered = epilogue.enter(x0, x0, entry.mix_2D, _damp(0))
+    entered = epilogue.enter(x0, x0, entry.mix_2D, damp(0))
     for i in range(count):
         u, rows, factor_BT, kept = entered
         waiting = entry.waiting if kept is None else (*entry.waiting, kept)
         t, squares = _attention_half(model, i, u, rows, factor_BT, weights, rotary, value_embeds)
-        half = (t, squares, weights.up[i], weights.down[i], _damp(i))
+        half = (t, squares, weights.up[i], weights.down[i], damp(i))
         if i + 1 == count:
             return Stream(epilogue.mlp_half(*half), None, waiting)
         entry = _entry(model, i + 1, waiting)
         entered = epilogue.mlp_enter(
-            *half, x0, entry.mix_2D, _damp(i + 1),
+            *half, x0, entry.mix_2D, damp(i + 1),
             skip=entry.skip, skip_weight_D=entry.skip_weight_D, keep=entry.keep,
         )  # fmt: skip
     raise ValueError(f"{count} blocks to run: there must be at least one")
-
-
-def _damp(i: int) -> float:
-    """Factor on block i's norms."""
-    return 1 / math.sqrt(i + 1)
 
 
 def _entry(model: "GPT", i: int, waiting: tuple[Tensor, ...]) -> _Entry:
@@ -94,7 +89,7 @@ def _attention_half(
             rows, weights.qkv[i], factor_BT, *heads, weights.out[i], u
         )
     qkv = F.linear(rows, weights.qkv[i])
-    q, k, v, own_v = passes.split_heads(qkv, *heads, factor_BT, backend="epilogue")
-    y = layers.causal_attention(q, k, v, model.attention_backend)
-    attended = passes.exclude_self(y, own_v, backend="epilogue")
+    attended = layers.attend_heads(
+        qkv, *heads, factor_BT, attention=model.attention_backend, backend="epilogue"
+    )
     return epilogue.linear_add(attended.flatten(2), weights.out[i], u)

@@ -4,13 +4,15 @@ Letters: B batch, T positions, S cached positions, D width, H query heads, G key
 K head size, R rotary dims, V vocabulary.
 """
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from kernels import flash4
-from trainer.config import AttentionBackend, ModelConfig
+from kernels import flash4, passes
+from trainer.config import AttentionBackend, ModelConfig, PassesBackend
 
 
 def rotary_tables(config: ModelConfig) -> tuple[Tensor, Tensor]:
@@ -26,6 +28,37 @@ def rotary_tables(config: ModelConfig) -> tuple[Tensor, Tensor]:
     frequency = base ** -(torch.arange(0, dims, 2, dtype=torch.float64) / dims)
     angle = torch.outer(torch.arange(config.seq_len, dtype=torch.float64), frequency)
     return angle.cos().float(), angle.sin().float()
+
+
+def damp(i: int) -> float:
+    """Factor on the norms of block i."""
+    return 1 / math.sqrt(i + 1)
+
+
+def attend_heads(
+    qkv_BTW: Tensor,
+    value_embed: Tensor | None,
+    gain_H: Tensor,
+    kv_heads: int,
+    cos: Tensor,
+    sin: Tensor,
+    factor_BT: Tensor | None = None,
+    *,
+    attention: AttentionBackend,
+    backend: PassesBackend,
+) -> Tensor:
+    """Attention [B, T, H, K] between the heads of a joint projection, XSA included.
+
+    Args:
+        qkv_BTW, value_embed, gain_H, kv_heads, cos, sin: those of `kernels.passes.split_heads`.
+        factor_BT: what its rows are still to be multiplied by, if anything.
+        attention: implementation, by name; errors are those of `causal_attention`.
+        backend: implementation of the passes, by name.
+    """
+    heads = (qkv_BTW, value_embed, gain_H, kv_heads, cos, sin)
+    q, k, v, own_v = passes.split_heads(*heads, factor_BT, backend=backend)
+    y = causal_attention(q, k, v, attention)
+    return passes.exclude_self(y, own_v, backend=backend)
 
 
 def causal_attention(

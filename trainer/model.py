@@ -6,7 +6,6 @@ Letters: B batch, T positions, V vocabulary, D width, L layers, H query heads, G
 K head size, F MLP width.
 """
 
-import math
 from collections.abc import Callable
 
 import torch
@@ -277,7 +276,7 @@ class GPT(nn.Module):
 
         With `last`, only that many last positions attend and pass on.
         """
-        damp = 1 / math.sqrt(i + 1)
+        damp = layers.damp(i)
         u, normed, skips = self._enter(i, stream, x0, damp)
         attended = self._attention(
             i, normed, weights, rotary, positions_T, value_embed, cache, observe, last
@@ -367,9 +366,9 @@ class GPT(nn.Module):
         heads = (qkv, value_embed, gain_H, kv_heads, *rotary)
         if self.attention_backend == "flash4" and self.passes_backend != "reference":
             return heads_flash4.attend(*heads)
-        q, k, v, own_v = passes.split_heads(*heads, backend=self.passes_backend)
-        y = layers.causal_attention(q, k, v, self.attention_backend)
-        return passes.exclude_self(y, own_v, backend=self.passes_backend)
+        return layers.attend_heads(
+            *heads, attention=self.attention_backend, backend=self.passes_backend
+        )
 
     def _attend_partly(
         self,

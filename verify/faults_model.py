@@ -104,10 +104,10 @@ FAULTS = [
         _MODEL,
     ),
     Fault(
-        "trainer/model.py",
+        "trainer/layers.py",
         "depth damping dropped",
-        "damp = 1 / math.sqrt(i + 1)",
-        "damp = 1.0",
+        "return 1 / math.sqrt(i + 1)",
+        "return 1.0",
         _MODEL,
     ),
     Fault(
@@ -232,8 +232,8 @@ FAULTS = [
     Fault(
         "trainer/joined_blocks.py",
         "a block entered with the damping of the one before",
-        "x0, entry.mix_2D, _damp(i + 1),",
-        "x0, entry.mix_2D, _damp(i),",
+        "x0, entry.mix_2D, damp(i + 1),",
+        "x0, entry.mix_2D, damp(i),",
         _JOINED_MODEL,
     ),
     Fault(

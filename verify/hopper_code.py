@@ -19,6 +19,7 @@ from kernels.variants import (
     LINEAR_MIX_SKIP_PLAN,
     NORM_GRADIENT_PLAN,
     UP_SCALED_PLAN,
+    VARIANTS,
 )
 
 COMPILED = (
@@ -72,6 +73,14 @@ def cutlass_library(name: str) -> Path:
     """A library of one of the COMPILED variants alone; the first call compiles all, two at once."""
     _compile_all()
     return build.build([name])
+
+
+def compiler_log(name: str) -> str:
+    """What the compiler said of a COMPILED variant; after `cutlass_library`."""
+    version = build.compiler_version(build.find_nvcc())
+    return (
+        build.object_folder(build.instantiate(VARIANTS[name]), version) / f"{name}.log"
+    ).read_text()
 
 
 @cache

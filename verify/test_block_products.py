@@ -11,7 +11,6 @@ import math
 import re
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -19,7 +18,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from kernels import build, checks, cutlass, reference
+from kernels import checks, cutlass, reference
 from kernels.variants import (
     DPRE_SCALED_PLAN,
     LINEAR_ADD_PLAN,
@@ -344,15 +343,9 @@ def test_machine_code_spills_nothing(op: str) -> None:
     assert code.opcodes["UTMASTG"] >= 1
     assert code.opcodes["USETMAXREG"] == 2
     assert code.opcodes["LDL"] == code.opcodes["STL"] == 0
-    log = _log_of(name)
+    log = hopper_code.compiler_log(name)
     assert re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores", log) == [("0", "0")]
     assert "C75" not in log
-
-
-def _log_of(name: str) -> str:
-    version = build.compiler_version(build.find_nvcc())
-    folder: Path = build.object_folder(build.instantiate(VARIANTS[name]), version)
-    return (folder / f"{name}.log").read_text()
 
 
 # On a Hopper GPU.

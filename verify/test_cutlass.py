@@ -406,9 +406,7 @@ def test_machine_code_uses_hoppers_own_instructions(default_library: Path) -> No
 def test_compiler_reports_no_spills(default_library: Path) -> None:
     """ptxas reports the kernel without stack, spills or warnings."""
     assert default_library.exists()
-    source = build.instantiate(VARIANTS[DPRE_PLAN.variant])
-    folder = build.object_folder(source, build.compiler_version(build.find_nvcc()))
-    text = (folder / f"{DPRE_PLAN.variant}.log").read_text()
+    text = hopper_code.compiler_log(DPRE_PLAN.variant)
     reports = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes", text)
     assert reports == [("0", "0", "0")]
     assert "C75" not in text

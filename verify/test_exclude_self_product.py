@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from kernels import build, cutlass, exclude_self_cutlass, reference
+from kernels import cutlass, exclude_self_cutlass, reference
 from kernels.exclude_self_cutlass import MEMBERS
 from kernels.heads_cutlass import HEAD_SIZE
 from kernels.variants import EXCLUDE_SELF_PLAN, VARIANTS, Plan
@@ -151,9 +151,7 @@ def test_machine_code_spills_nothing() -> None:
     assert code.opcodes["UTMALDG"] >= 4
     assert code.opcodes["UTMASTG"] >= 1
     assert code.opcodes["LDL"] == code.opcodes["STL"] == 0
-    version = build.compiler_version(build.find_nvcc())
-    folder = build.object_folder(build.instantiate(VARIANTS[name]), version)
-    log = (folder / f"{name}.log").read_text()
+    log = hopper_code.compiler_log(name)
     assert re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores", log) == [("0", "0")]
 
 
