@@ -178,16 +178,26 @@ def check_float32(name: str, tensor: Tensor, *shape: int) -> None:
 
 
 def check_factors(name: str, factors_M: Tensor, rows: Tensor) -> None:
-    """One float32 a row of `rows`, on its device, contiguous. Raises ValueError."""
+    """One float32 a row of `rows`, and as `check_beside` asks. Raises ValueError."""
     if factors_M.dtype != torch.float32 or tuple(factors_M.shape) != (rows.shape[0],):
         raise ValueError(
             f"{name} must be float32 ({rows.shape[0]},), one a row, not {factors_M.dtype} "
             f"{tuple(factors_M.shape)}"
         )
-    if factors_M.device != rows.device:
-        raise ValueError(f"{name} is on {factors_M.device}, its rows on {rows.device}")
-    if not factors_M.is_contiguous():
+    check_beside(name, factors_M, rows)
+
+
+def check_beside(name: str, tensor: Tensor, rows: Tensor) -> None:
+    """On the device of `rows`, contiguous, and aligned to 16 bytes, as bulk copies ask.
+
+    Raises ValueError.
+    """
+    if tensor.device != rows.device:
+        raise ValueError(f"{name} is on {tensor.device}, its rows on {rows.device}")
+    if not tensor.is_contiguous():
         raise ValueError(f"{name} must be contiguous; call .contiguous() on it")
+    if tensor.data_ptr() % 16:
+        raise ValueError(f"{name} must begin at a multiple of 16 bytes; call .clone() on it")
 
 
 def check_matrices(**tensors: Tensor) -> None:

@@ -55,7 +55,7 @@ struct UpScaledGemm {
 template <class V>
 struct DpreScaledGemm {
   using Tree =
-      fusion::Sm90EVT<ActivationBackward<V>, RowFactor<V>, fusion::Sm90SrcFetch<Element>>;
+      fusion::Sm90EVT<ActivationBackward<V>, RowFactorStaged<V>, fusion::Sm90SrcFetch<Element>>;
   using Fused = FusedGemm<V, RowMajor, Element, Tree>;
 
   static int run(Element const* go, Element const* w_down, Element const* post, uint4 const* signs,

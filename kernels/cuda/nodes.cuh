@@ -1,4 +1,4 @@
-// Visitor nodes of our own: sums along the rows of a tile, and the signs of a tile as bits.
+// Visitor nodes of our own: factors of the rows of a tile, sums along them, and its signs as bits.
 //
 // A node meets each thread's accumulators once per epilogue piece, as one fragment of 32 values.
 #pragma once
@@ -92,6 +92,109 @@ struct PieceFragment {
     }
     return true;
   }
+};
+
+// Brings runs of `bytes` for a whole tile to shared memory, with the tile's first piece of C: whoever
+// waits for that finds them there. One buffer will do for what is read with that piece: the load warp
+// meets the next tile's first piece only once this one's place is free again.
+template <class V, int kRuns = 1>
+struct WithFirstPiece : fusion::detail::EmptyProducerLoadCallbacks {
+  static constexpr int kPieces =
+      cute::size(typename V::Tile{}) / cute::size(typename V::EpilogueTile{});
+  static_assert(V::kLoads <= kPieces, "the load warp would be a tile ahead");
+  void const* from[kRuns];
+  int bytes;  // a multiple of 16; nothing if not positive
+  void* to[kRuns];
+
+  CUTLASS_DEVICE void step(uint64_t* barrier, int epi_m, int epi_n, int, bool issue) {
+    if (epi_m == 0 && epi_n == 0 && issue && bytes > 0) {
+      cutlass::arch::ClusterTransactionBarrier::expect_transaction(barrier, kRuns * bytes);
+      CUTLASS_PRAGMA_UNROLL
+      for (int i = 0; i < kRuns; ++i) {
+        cute::SM90_BULK_COPY_G2S::copy(from[i], barrier, to[i], bytes);
+      }
+    }
+  }
+};
+
+template <class V>
+struct RowsStorage {
+  alignas(16) float factors[cute::size<0>(typename V::Tile{})];
+};
+
+struct RowsArguments {
+  float const* factors;  // [M]
+};
+
+// A float32 factor per row, as CUTLASS's Sm90ColBroadcast gives it, without its wait for L2 at the
+// start of a tile: for trees with a load warp.
+template <class V>
+struct RowFactorStaged : Node<RowsArguments> {
+  using SharedStorage = RowsStorage<V>;
+  using Piece = PieceFragment<V>;
+  static constexpr int kRows = cute::size<0>(typename V::Tile{});
+  static constexpr int kVector = 16 / sizeof(float);
+
+  CUTLASS_HOST_DEVICE RowFactorStaged() {}
+  CUTLASS_HOST_DEVICE RowFactorStaged(RowsArguments const& params_, SharedStorage const& storage)
+      : Node<RowsArguments>(params_, {}), staged(const_cast<float*>(storage.factors)) {}
+
+  template <class... Args>
+  CUTLASS_DEVICE auto get_producer_load_callbacks(
+      fusion::detail::ProducerLoadArgs<Args...> const& args) {
+    int const first = int(cute::get<0>(args.tile_coord_mnkl)) * kRows;
+    int const rows = cute::min(int(cute::get<0>(args.problem_shape_mnkl)) - first, int(kRows));
+    int const bytes = rows / kVector * kVector * int(sizeof(float));
+    return WithFirstPiece<V>{{}, {this->params.factors + first}, bytes, {staged}};
+  }
+
+  struct ConsumerStoreCallbacks : fusion::detail::EmptyConsumerStoreCallbacks {
+    float const* staged;
+    float const* factors;
+    int row;   // this thread's first
+    int rows;  // M
+    float found[Piece::kTileRows];
+
+    CUTLASS_DEVICE ConsumerStoreCallbacks(float const* staged_, float const* factors_, int row_,
+                                          int rows_)
+        : staged(staged_), factors(factors_), row(row_), rows(rows_) {}
+
+    CUTLASS_DEVICE void previsit(int epi_m, int epi_n, int, bool) {
+      if (epi_m != 0 || epi_n != 0) {
+        return;
+      }
+      CUTLASS_PRAGMA_UNROLL
+      for (int i = 0; i < Piece::kTileRows; ++i) {
+        int const at = row + Piece::row_at(i / Piece::kRows, i % Piece::kRows);
+        // The last rows, fewer than the copy can bring, are read where they lie.
+        bool const copied = at < rows / kVector * kVector;
+        found[i] = copied ? staged[at % kRows] : at < rows ? __ldg(factors + at) : 0.f;
+      }
+    }
+
+    template <class Accumulator, int N>
+    CUTLASS_DEVICE cutlass::Array<float, N> visit(cutlass::Array<Accumulator, N> const&, int,
+                                                  int epi_m, int) {
+      static_assert(N == Piece::kValues, "a fragment holds this thread's share of a piece");
+      cutlass::Array<float, N> out;
+      CUTLASS_PRAGMA_UNROLL
+      for (int i = 0; i < N; ++i) {
+        out[i] = found[epi_m * Piece::kRows + Piece::row_of(i)];
+      }
+      return out;
+    }
+  };
+
+  template <bool ReferenceSrc, class... Args>
+  CUTLASS_DEVICE auto get_consumer_store_callbacks(
+      fusion::detail::ConsumerStoreArgs<Args...> const& args) {
+    static_assert(Piece::as_expected(decltype(args.tCcD.layout()){}), "another order of elements");
+    int const rows = int(cute::get<0>(args.problem_shape_mnkl));
+    return ConsumerStoreCallbacks(staged, this->params.factors,
+                                  rows - int(cute::get<0>(args.residue_tCcD)), rows);
+  }
+
+  float* staged;
 };
 
 // Sums along the rows of a tile, in float32, into sums[m, p] for the p-th tile along N: float32
@@ -292,45 +395,38 @@ struct ActivationBackwardArguments {
 // node for both, for both need acc and post. A post below 2^-126 counts as zero.
 template <class V>
 struct ActivationBackward : Node<ActivationBackwardArguments> {
-  using Node<ActivationBackwardArguments>::Node;
-
-  // The load warp runs a tile ahead: it has the tile's signs brought from memory to L2, so that the
-  // epilogue, which waits for them before its first value, waits less.
-  struct ProducerLoadCallbacks : fusion::detail::EmptyProducerLoadCallbacks {
-    uint4 const* signs;
-    int64_t tile;  // -1 outside the matrix
-
-    CUTLASS_DEVICE ProducerLoadCallbacks(uint4 const* signs_, int64_t tile_)
-        : signs(signs_), tile(tile_) {}
-
-    CUTLASS_DEVICE void begin() {
-      if (tile >= 0 && cute::elect_one_sync()) {
-        constexpr uint32_t kBytes = Signs<V>::kThreads * sizeof(uint4);
-        asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(
-                         __cvta_generic_to_global(signs + tile * Signs<V>::kThreads)),
-                     "r"(kBytes));
-      }
-    }
+  struct SharedStorage {
+    alignas(16) uint4 signs[Signs<V>::kThreads];
   };
+
+  CUTLASS_HOST_DEVICE ActivationBackward() {}
+  CUTLASS_HOST_DEVICE ActivationBackward(ActivationBackwardArguments const& params_,
+                                         SharedStorage const& storage)
+      : Node<ActivationBackwardArguments>(params_, {}),
+        staged(const_cast<uint4*>(storage.signs)) {}
 
   template <class... Args>
   CUTLASS_DEVICE auto get_producer_load_callbacks(
       fusion::detail::ProducerLoadArgs<Args...> const& args) {
-    return ProducerLoadCallbacks(this->params.signs, Signs<V>::tile(args));
+    int64_t const tile = Signs<V>::tile(args);
+    constexpr int kBytes = sizeof(SharedStorage);
+    uint4 const* const from = this->params.signs + tile * Signs<V>::kThreads;
+    return WithFirstPiece<V>{{}, {from}, tile < 0 ? 0 : kBytes, {staged}};
   }
 
   template <class Rows>
   struct ConsumerStoreCallbacks : fusion::detail::EmptyConsumerStoreCallbacks {
     Rows rows;
-    uint4 const* place;
+    uint4 const* signs;  // of this thread
     uint32_t words[4];
 
-    CUTLASS_DEVICE ConsumerStoreCallbacks(Rows rows_, uint4 const* place_)
-        : rows(rows_), place(place_) {}
+    CUTLASS_DEVICE ConsumerStoreCallbacks(Rows rows_, uint4 const* signs_)
+        : rows(rows_), signs(signs_) {}
 
-    CUTLASS_DEVICE void begin() {
-      uint4 const read = place != nullptr ? __ldg(place) : make_uint4(0, 0, 0, 0);
-      words[0] = read.x, words[1] = read.y, words[2] = read.z, words[3] = read.w;
+    CUTLASS_DEVICE void previsit(int epi_m, int epi_n, int, bool) {
+      if (epi_m == 0 && epi_n == 0) {
+        words[0] = signs->x, words[1] = signs->y, words[2] = signs->z, words[3] = signs->w;
+      }
     }
 
     template <class Accumulator, class Input, int N>
@@ -347,9 +443,9 @@ struct ActivationBackward : Node<ActivationBackwardArguments> {
         float const p = float(post[i]);
         float root;
         asm("sqrt.approx.ftz.f32 %0, %1;" : "=f"(root) : "f"(p));
-        float const act = (word & (0x80000000u >> i)) ? -root : 2 * root;
+        float const slope = (word & (0x80000000u >> i)) ? -scale[i] : 2 * scale[i];
         terms(epi_v * N + i) += acc[i] * p;
-        out[i] = scale[i] * (acc[i] * act);
+        out[i] = slope * (acc[i] * root);
       }
       rows.add(terms, epi_m, epi_n);
       return cutlass::NumericArrayConverter<Element, float, N, kRound>{}(out);
@@ -362,9 +458,10 @@ struct ActivationBackward : Node<ActivationBackwardArguments> {
   CUTLASS_DEVICE auto get_consumer_store_callbacks(
       fusion::detail::ConsumerStoreArgs<Args...> const& args) {
     auto rows = make_row_sums<ReferenceSrc>(this->params.along, args);
-    return ConsumerStoreCallbacks<decltype(rows)>(rows,
-                                                  Signs<V>::place(this->params.signs, args));
+    return ConsumerStoreCallbacks<decltype(rows)>(rows, staged + args.thread_idx);
   }
+
+  uint4* staged;
 };
 
 }  // namespace fairway
