@@ -8,7 +8,9 @@ import pytest
 from bench import model_cases as cases
 from bench import pipeline_cases
 from bench.measure import Case
+from bench.paths import PATHS
 from bench.scale import Scale
+from kernels.flash4 import require_flash4
 from kernels.mlp import BACKENDS, require_backend
 from trainer.config import MlpBackend
 
@@ -47,6 +49,17 @@ def test_block(scale: Scale, timed: Timed, backend: MlpBackend) -> None:
 
 def test_micro_step(scale: Scale, timed: Timed, backend: MlpBackend) -> None:
     timed(cases.micro_step(scale, backend))
+
+
+def test_micro_step_flash4(scale: Scale, timed: Timed) -> None:
+    """The record's fastest path, with a package of its own."""
+    try:
+        require_flash4(scale.device.type)
+        require_backend("cutlass", scale.device.type)
+    except (RuntimeError, ValueError) as error:
+        pytest.skip(str(error))
+    path = PATHS["with epilogues and flash4"]
+    timed(cases.micro_step(path.scale(), path.mlp))
 
 
 def test_training_step(scale: Scale, timed: Timed) -> None:
