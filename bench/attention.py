@@ -26,7 +26,7 @@ from rich.table import Table
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from bench.flash4_variants import Attend, backward_chains, variants
+from bench.flash4_variants import Attend, backward_chains, forward_chains, variants
 from bench.scale import Scale, current
 from bench.stopwatch import Subject, Timing, time_interleaved
 from kernels import reference
@@ -50,7 +50,7 @@ class Arguments:
     out: Path
     """JSON file for the results."""
     variants: bool = False
-    """Also time other ways to call the flash4 kernels, and the heads' whole backward pass."""
+    """Also time other ways to call the flash4 kernels, and the passes around them."""
     rounds: int = 20
     """Measured rounds."""
     exact_windows: int = 2
@@ -210,19 +210,24 @@ def _parts(measured: dict[str, Timing], name: str, inputs: Inputs) -> dict[str, 
     }
 
 
-def chains(scale: Scale, rounds: int) -> dict[str, dict[str, float]]:
-    """Times of XSA's, flash4's and the heads' backward pass of one layer, two ways."""
+def chains(scale: Scale, inputs: Inputs, rounds: int) -> dict[str, dict[str, float]]:
+    """Times of one layer's XSA, flash4 and heads, each two ways."""
     c = scale.config.model
     lead, h, g = (scale.windows, c.seq_len), c.query_heads, c.kv_heads
     cos, sin = (table.to(scale.device) for table in rotary_tables(c))
-    found = backward_chains(
+    found: dict[str, Callable[[], object]] = {}
+    for name, chain in backward_chains(
         scale.normal(*lead, (h + 2 * g) * c.head_size),
         torch.full((h,), c.q_gain, device=scale.device),
         g,
         cos,
         sin,
         scale.normal(*lead, h, c.head_size),
-    )
+    ).items():
+        found[f"XSA, flash4 and heads backward, {name}"] = chain
+    of_attention = (inputs.q_BTHK, inputs.k_BTGK, inputs.v_BTGK)
+    for name, chain in forward_chains(*of_attention).items():
+        found[f"flash4 and XSA forward, {name}"] = chain
     subjects: dict[str, Subject] = {
         name: lambda i, chain=chain: chain() for name, chain in found.items()
     }
@@ -245,7 +250,7 @@ def measure(scale: Scale, found: dict[str, Attend], arguments: Arguments) -> dic
         "versions": {name: _version(name) for name in PACKAGES},
         "cudnn": torch.backends.cudnn.version(),
         "refused": refused,
-        "flash4_backward_chains_ms": chains(scale, arguments.rounds)
+        "flash4_chains_ms": chains(scale, inputs, arguments.rounds)
         if arguments.variants and "flash4" in running
         else {},
         "implementations": {
@@ -296,11 +301,9 @@ def show(results: dict[str, Any]) -> None:
         )
     console = Console(width=170)
     console.print(table)
-    for name, row in results["flash4_backward_chains_ms"].items():
+    for name, row in results["flash4_chains_ms"].items():
         spread = f"{row['p10_ms']:.3f}-{row['p90_ms']:.3f}"
-        console.print(
-            f"XSA, flash4 and heads backward, {name}: {row['median_ms']:.3f} ms ({spread})"
-        )
+        console.print(f"{name}: {row['median_ms']:.3f} ms ({spread})")
     for name, reason in results["refused"].items():
         console.print(f"cannot run here: {name}: {reason}", markup=False)
 

@@ -103,6 +103,9 @@ def cases(arguments: Arguments) -> dict[str, Case]:
     value = joint.view(-1, window, len(w_qkv))[..., -shape.kv_width :]
     value = value.unflatten(-1, (shape.kv_heads, -1))
     lse = torch.zeros(m // window, shape.query_heads, window, device="cuda")
+    y_BTHK = x.view(*lse.mT.shape, -1)
+    rest, own = reference.exclude_self_parts(y_BTHK, value)
+    attended = (rest.flatten(0, 1).flatten(1), own, joint, shape.query_heads, window, window)
     heads = (torch.full((shape.query_heads,), 1.5, device="cuda"), shape.kv_heads, cos, sin)
     return {
         "joint projection": Case(
@@ -119,12 +122,10 @@ def cases(arguments: Arguments) -> dict[str, Case]:
         ),
         "gradient at attention's output": Case(
             "exclude_self",
-            lambda p: exclude_self_cutlass.run_exclude_self_gradient(
-                go, w_out, x, joint, shape.query_heads, window, window, plan=p
-            ),
+            lambda p: exclude_self_cutlass.run_exclude_self_gradient(go, w_out, *attended, plan=p),
             lambda: go @ w_out,
             lambda: pass_ops.exclude_self_backward_numbers(
-                *(t.view(*lse.mT.shape, -1) for t in (go @ w_out, x)), value, lse, window
+                (go @ w_out).view_as(y_BTHK), y_BTHK, value, lse, window
             ),
             "product, exclude_self backward",
         ),

@@ -3,6 +3,7 @@
 Letters: B windows, T positions, H query heads, G key/value heads, K head size, R = H/G.
 """
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -122,3 +123,16 @@ def backward_chains(
         return heads_flash4.attend_backward(grad_BTHK, saved, has_embed=False)[:3]
 
     return {"package": through_the_package, "handed over": handed_over}
+
+
+def forward_chains(q: Tensor, k: Tensor, v: Tensor) -> dict[str, Callable[[], object]]:
+    """XSA of attention, and logarithms to base 2: in passes of their own, or as in the model."""
+
+    def apart() -> object:
+        out, lse = flash4.flash_attention(q, k, v)
+        return pass_ops.exclude_self(out, v), lse * math.log2(math.e)
+
+    return {
+        "apart": apart,
+        "in the epilogue": lambda: flash4.flash_attention_exclude_self(q, k, v),
+    }

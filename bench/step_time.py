@@ -26,7 +26,7 @@ from rich.table import Table
 from bench.paths import PATHS, Choice, unknown
 from bench.scale import current
 from bench.stopwatch import time_interleaved
-from kernels import flash4
+from kernels import flash4_package
 from trainer import compiling, environment, files
 from trainer.average import Averages
 from trainer.errors import ConfigError, FairwayError, RunError
@@ -106,7 +106,7 @@ def start(name: str, cache: Path) -> dict[str, float]:
     settings = {
         "TORCHINDUCTOR_CACHE_DIR": str(cache / "inductor"),
         "TRITON_CACHE_DIR": str(cache / "triton"),
-        flash4.CACHE_FOLDER: str(cache / "flash4"),
+        flash4_package.CACHE_FOLDER: str(cache / "flash4"),
     }
     command = [sys.executable, "-m", "bench.step_time", "--child", name]
     result = subprocess.run(

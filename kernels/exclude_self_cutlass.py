@@ -21,7 +21,8 @@ MEMBERS = 2
 def check_exclude_self_gradient(
     go_MD: Tensor,
     w_DN: Tensor,
-    y_MN: Tensor,
+    rest_MN: Tensor,
+    own_BHL: Tensor,
     heads_MW: Tensor,
     query_heads: int,
     window: int,
@@ -32,7 +33,7 @@ def check_exclude_self_gradient(
     Raises:
         ValueError: one does not fit; the message names the first.
     """
-    checks.check_matrices(go=go_MD, w=w_DN, y=y_MN, heads=heads_MW)
+    checks.check_matrices(go=go_MD, w=w_DN, rest=rest_MN, heads=heads_MW)
     m, d = go_MD.shape
     if query_heads < 1 or query_heads % MEMBERS:
         raise ValueError(
@@ -41,18 +42,23 @@ def check_exclude_self_gradient(
         )
     n = query_heads * HEAD_SIZE
     checks.check_shape("w [D, N]", w_DN, d, n)
-    checks.check_shape("y [M, N]", y_MN, m, n)
+    checks.check_shape("rest [M, N]", rest_MN, m, n)
     checks.check_shape("heads [M, W]", heads_MW, m, n + 2 * (n // MEMBERS))
     if window < 1 or m % window:
         raise ValueError(f"{m} rows are not whole windows of {window}")
     if padded < window:
         raise ValueError(f"{padded} padded positions are fewer than the {window} of a window")
+    checks.check_float32("own [B, H, L]", own_BHL, m // window, query_heads, padded)
+    checks.check_beside("own", own_BHL, go_MD)
+    if own_BHL.numel() >= 2**31:
+        raise ValueError(f"own {tuple(own_BHL.shape)} has more numbers than 32 bits can count")
 
 
 def run_exclude_self_gradient(
     go_MD: Tensor,
     w_DN: Tensor,
-    y_MN: Tensor,
+    rest_MN: Tensor,
+    own_BHL: Tensor,
     heads_MW: Tensor,
     query_heads: int,
     window: int,
@@ -65,31 +71,32 @@ def run_exclude_self_gradient(
         ValueError: an argument does not fit, or the plan names no `exclude_self` variant.
         RuntimeError: no Hopper GPU, the library is missing, or the launch failed.
     """
-    check_exclude_self_gradient(go_MD, w_DN, y_MN, heads_MW, query_heads, window, padded)
+    check_exclude_self_gradient(
+        go_MD, w_DN, rest_MN, own_BHL, heads_MW, query_heads, window, padded
+    )
     cutlass.check_plan(plan, "exclude_self")
     checks.require_hopper(go_MD)
-    dy_MN, dv_MV, sums_BHL = _results(go_MD, y_MN, query_heads, window, padded)
+    dy_MN, dv_MV, sums_BHL = _results(rest_MN, own_BHL)
     if padded > window:
         sums_BHL.zero_()
-    tensors = (go_MD, w_DN, y_MN, heads_MW, dy_MN, dv_MV, sums_BHL)
+    tensors = (go_MD, w_DN, rest_MN, own_BHL, heads_MW, dy_MN, dv_MV, sums_BHL)
     cutlass.launch(plan, tensors, (*go_MD.shape, window, query_heads, padded))
     return dy_MN, dv_MV, sums_BHL
 
 
-def _results(
-    go_MD: Tensor, y_MN: Tensor, query_heads: int, window: int, padded: int
-) -> tuple[Tensor, Tensor, Tensor]:
+def _results(rest_MN: Tensor, own_BHL: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Empty tensors for the results."""
-    m, n = y_MN.shape
-    sums = go_MD.new_empty((m // window, query_heads, padded), dtype=torch.float32)
-    return torch.empty_like(y_MN), y_MN.new_empty((m, n // MEMBERS)), sums
+    m, n = rest_MN.shape
+    dv_MV = rest_MN.new_empty((m, n // MEMBERS))
+    return torch.empty_like(rest_MN), dv_MV, torch.empty_like(own_BHL)
 
 
 @torch.library.custom_op("fairway::exclude_self_gradient_cutlass", mutates_args=())
 def exclude_self_gradient(
     go_MD: Tensor,
     w_DN: Tensor,
-    y_MN: Tensor,
+    rest_MN: Tensor,
+    own_BHL: Tensor,
     heads_MW: Tensor,
     query_heads: int,
     window: int,
@@ -100,7 +107,8 @@ def exclude_self_gradient(
     Args:
         go_MD: bfloat16, contiguous; gradient at the out-projection's result.
         w_DN: bfloat16, contiguous; its weights.
-        y_MN: bfloat16, contiguous; attention's output.
+        rest_MN: bfloat16, contiguous; XSA's result, y - own v of attention's output y.
+        own_BHL: float32, contiguous; of each row and head (y . v) / |v|^2. Not read past T.
         heads_MW: bfloat16, contiguous; query, key and value heads side by side.
         query_heads: H, twice the key/value heads.
         window: T; row m is at position m % T.
@@ -115,7 +123,7 @@ def exclude_self_gradient(
         RuntimeError: no Hopper GPU, the library is missing, or the launch failed.
     """
     return run_exclude_self_gradient(
-        go_MD, w_DN, y_MN, heads_MW, query_heads, window, padded, EXCLUDE_SELF_PLAN
+        go_MD, w_DN, rest_MN, own_BHL, heads_MW, query_heads, window, padded, EXCLUDE_SELF_PLAN
     )
 
 
@@ -123,10 +131,11 @@ def exclude_self_gradient(
 def _(
     go_MD: Tensor,
     w_DN: Tensor,
-    y_MN: Tensor,
+    rest_MN: Tensor,
+    own_BHL: Tensor,
     heads_MW: Tensor,
     query_heads: int,
     window: int,
     padded: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return _results(go_MD, y_MN, query_heads, window, padded)
+    return _results(rest_MN, own_BHL)

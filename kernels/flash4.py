@@ -3,42 +3,28 @@
 The kernels are those of the PyPI package flash-attn-4 (CuTe DSL), which compiles them on first use
 in a few seconds. They are called below the package's own autograd function, which hides neither
 its output's shape nor its branches from torch.compile; those entry points are private, so one
-version of the package is asked for: `_flash_attn_fwd` and `_flash_attn_bwd` here, and in
-`backward_kernel` and below what the latter calls.
+version of the package is asked for (kernels/flash4_package.py): `_flash_attn_fwd` and
+`_flash_attn_bwd` here, and in kernels/flash4_compiled.py what these call.
 
 Its backward pass adds dQ, and dK and dV of a group, in float32 in no fixed order: gradients differ
 in their last bits from run to run.
 
-`attention` is for any caller; kernels/heads_flash4.py joins the kernels to the head passes.
+`attention` is for any caller; kernels/heads_flash4.py joins the kernels to the head passes, and
+kernels/joined_attention.py to the products around them.
 
 Letters: B windows, T positions, L positions of whole tiles, H query heads, G key/value heads,
 K head size, R = H/G members of a group.
 """
 
-import importlib
-import os
-from functools import cache
-from importlib import metadata
+import math
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from kernels.checks import require_hopper_device
-
-VERSION = "4.0.0b36"
-REQUIREMENT = f"flash-attn-4[cu13]=={VERSION}"
-INSTALL = f'pip install "{REQUIREMENT}"'
-
-CACHE_SWITCH, CACHE_FOLDER = (
-    f"FLASH_ATTENTION_CUTE_DSL_CACHE_{name}" for name in ("ENABLED", "DIR")
-)
-"""Environment variables of the package: whether compiled kernels stay on disk (1), and where."""
-
-HEAD_SIZE = 64
-"""Heads whose float32 sums of dQ `kernels.heads_triton.sum_at` can read."""
-TILE = 128
-"""Positions of a tile of the backward pass, for heads of that size."""
+from kernels.flash4_compiled import HEAD_SIZE, TILE, backward_kernel, forward_kernel
+from kernels.flash4_package import interface, versions
 
 
 def attention(q_BTHK: Tensor, k_BTGK: Tensor, v_BTGK: Tensor) -> Tensor:
@@ -58,34 +44,16 @@ def attention(q_BTHK: Tensor, k_BTGK: Tensor, v_BTGK: Tensor) -> Tensor:
 def require_flash4(device: str) -> None:
     """Check that the kernels can run on `device` ("cpu" or "cuda") before any work is done.
 
+    Nothing is imported for that.
+
     Raises:
         ValueError: a CPU.
         RuntimeError: the package is missing or of another version, or the GPU is not Hopper.
     """
     if device != "cuda":
         raise ValueError("attention 'flash4' needs a CUDA device; on a CPU choose 'sdpa'")
-    interface()
+    versions()
     require_hopper(torch.device("cuda"))
-
-
-@cache
-def interface() -> Any:
-    """The package's module of entry points, imported once (5 s). Raises RuntimeError."""
-    try:
-        # By name: the packed submission lists what is imported as required, and this is optional.
-        found = metadata.version("flash-attn-4")
-        if found != VERSION:
-            raise RuntimeError(
-                f"attention 'flash4' calls flash-attn-4 {VERSION} by its private functions, but "
-                f"{found} is installed; install it with `{INSTALL}`"
-            )
-        # Compiled kernels are kept for the next process, unless the user has said otherwise.
-        os.environ.setdefault(CACHE_SWITCH, "1")
-        return importlib.import_module("flash_attn.cute.interface")
-    except ImportError as error:
-        raise RuntimeError(
-            f"attention 'flash4' cannot import flash-attn-4 ({error}); install it with `{INSTALL}`"
-        ) from error
 
 
 def require_hopper(device: torch.device) -> None:
@@ -140,6 +108,46 @@ def flash_attention(q_BTHK: Tensor, k_BTGK: Tensor, v_BTGK: Tensor) -> tuple[Ten
 def _(q_BTHK: Tensor, k_BTGK: Tensor, v_BTGK: Tensor) -> tuple[Tensor, Tensor]:
     B, T, H, _ = q_BTHK.shape
     return q_BTHK.new_empty(q_BTHK.shape), q_BTHK.new_empty((B, H, T), dtype=torch.float32)
+
+
+@torch.library.custom_op("fairway::flash_attention_exclude_self", mutates_args=())
+def flash_attention_exclude_self(
+    q_BTHK: Tensor, k_BTGK: Tensor, v_BTGK: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """XSA of causal attention in one kernel (kernels/flash4_epilogue.py), and its rows' numbers.
+
+    Meaning: `kernels.reference.exclude_self_parts` of `attention`, whose output is never stored.
+
+    Args:
+        q_BTHK, k_BTGK, v_BTGK: as `attention` takes them, with heads of HEAD_SIZE.
+
+    Returns:
+        The rest y - own v of the output y, with v the query's own value, bfloat16 [B, T, H, K];
+        own, float32 [B, H, L]; and the base-2 logarithm of each row's sum, float32 [B, H, L]. L is
+        `padded(T)`; past T own is 0, and the logarithm infinite.
+
+    Raises:
+        ValueError, RuntimeError: as `attention`; or heads of another size.
+    """
+    check_heads(q=q_BTHK, k=k_BTGK, v=v_BTGK)
+    check_size(q_BTHK)
+    require_hopper(q_BTHK.device)
+    B, T, H, _ = q_BTHK.shape
+    rest = q_BTHK.new_empty(q_BTHK.shape)
+    own, lse2 = (rest.new_empty((B, H, padded(T)), dtype=torch.float32) for _ in range(2))
+    if padded(T) > T:
+        own.zero_()
+        lse2.fill_(math.inf)
+    with torch.cuda.device_of(q_BTHK):
+        forward_kernel(q_BTHK, k_BTGK, v_BTGK, rest, lse2, own)
+    return rest, own, lse2
+
+
+@flash_attention_exclude_self.register_fake
+def _(q_BTHK: Tensor, k_BTGK: Tensor, v_BTGK: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    B, T, H, _ = q_BTHK.shape
+    own, lse2 = (q_BTHK.new_empty((B, H, padded(T)), dtype=torch.float32) for _ in range(2))
+    return q_BTHK.new_empty(q_BTHK.shape), own, lse2
 
 
 @torch.library.custom_op("fairway::flash_attention_backward", mutates_args=())
@@ -211,9 +219,7 @@ def flash_attention_backward_sums(
     B, _, H, K = q_BTHK.shape
     R = H // k_BTGK.shape[2]
     dk_RBTGK, dv_RBTGK = (t.new_empty((R, *t.shape)) for t in (k_BTGK, v_BTGK))
-    dq_sums = torch.zeros(
-        (B, H, row_sums_BHL.shape[2] * K), dtype=torch.float32, device=q_BTHK.device
-    )
+    dq_sums = row_sums_BHL.new_zeros((B, H, row_sums_BHL.shape[2] * K))
     with torch.cuda.device_of(q_BTHK):
         for r in range(R):
             # Every R-th head is read and written where it lies: all keep multiples of 16 bytes.
@@ -244,14 +250,19 @@ def padded(length: int) -> int:
     return -(-length // TILE) * TILE
 
 
+def check_size(q_BTHK: Tensor) -> None:
+    """Heads that the kernels between fused passes take. Raises ValueError."""
+    if q_BTHK.shape[3] != HEAD_SIZE:
+        raise ValueError(
+            f"attention 'flash4' between fused passes takes heads of {HEAD_SIZE}, not "
+            f"{q_BTHK.shape[3]}: choose passes 'reference', or attention 'cudnn'"
+        )
+
+
 def check_sums(q_BTHK: Tensor, **rows_BHL: Tensor) -> None:
     """What `flash_attention_backward_sums` asks beyond `check_heads`. Raises ValueError."""
-    B, T, H, K = q_BTHK.shape
-    if K != HEAD_SIZE:
-        raise ValueError(
-            f"attention 'flash4' between fused passes takes heads of {HEAD_SIZE}, not {K}: choose "
-            "passes 'reference', or attention 'cudnn'"
-        )
+    check_size(q_BTHK)
+    B, T, H, _ = q_BTHK.shape
     for name, rows in rows_BHL.items():
         if rows.shape != (B, H, padded(T)) or rows.dtype != torch.float32:
             raise ValueError(
@@ -259,73 +270,6 @@ def check_sums(q_BTHK: Tensor, **rows_BHL: Tensor) -> None:
             )
         if rows.device != q_BTHK.device or not rows.is_contiguous():
             raise ValueError(f"{name} must be contiguous and on {q_BTHK.device}")
-
-
-def backward_kernel(q: Tensor, *tensors: Tensor) -> None:
-    """Run the package's main kernel on as many query heads as key heads.
-
-    `_flash_attn_bwd` wraps it in two more: one before it makes the rows' numbers and clears the
-    sums, one after it converts them. What is passed here is what it passes for this case.
-
-    Args:
-        q: [B, T, G, K].
-        tensors: k, v, the gradient, the rows' logarithms and sums [B, G, L], and what is written:
-            sums [B, G, L K], cleared before, and the gradients at k and v.
-    """
-    package = interface()
-    scale = q.shape[3] ** -0.5
-    # The package compiles a case of its own where one tile holds all positions.
-    key = (q.shape[3], q.shape[1] <= TILE)
-    kernels = _backward_kernels()
-    if key not in kernels:
-        cute = package.cute
-        kernels[key] = cute.compile(
-            _backward_object(package, q.shape[3]),
-            *(package.to_cute_tensor(t) for t in (q, *tensors)),
-            scale,
-            *[None] * 9,
-            package.AuxData(None, None),
-            None,
-            None,
-            cute.runtime.make_fake_stream(use_tvm_ffi_env_stream=True),
-            options="--enable-tvm-ffi",
-        )
-    kernels[key](q, *tensors, scale, *[None] * 9, package.AuxData(None, None), None, None)
-
-
-@cache
-def _backward_kernels() -> Any:
-    """Compiled kernels by key: the package's kind of cache, on disk if it is told to keep one."""
-    return interface().get_jit_cache("fairway_bwd")
-
-
-def _backward_object(package: Any, head_size: int) -> Any:
-    """The kernel as the package sets it up for causal attention on Hopper."""
-    chosen = package._tile_size_bwd_sm90(head_size, head_size, True, False)
-    assert (chosen.m_block_size, chosen.n_block_size, chosen.AtomLayoutMdQ) == (TILE, TILE, 2)
-    return package.FlashAttentionBackwardSm90(
-        package.torch2cute_dtype_map[torch.bfloat16],
-        head_size,
-        head_size,
-        1,
-        True,
-        is_local=False,
-        deterministic=False,
-        tile_m=chosen.m_block_size,
-        tile_n=chosen.n_block_size,
-        Q_stage=chosen.num_stages_Q,
-        dO_stage=chosen.num_stages_dO,
-        PdS_stage=chosen.num_stages_PdS,
-        SdP_swapAB=chosen.SdP_swapAB,
-        dKV_swapAB=chosen.dKV_swapAB,
-        dQ_swapAB=chosen.dQ_swapAB,
-        AtomLayoutMSdP=chosen.AtomLayoutMSdP,
-        AtomLayoutNdKV=chosen.AtomLayoutNdKV,
-        AtomLayoutMdQ=chosen.AtomLayoutMdQ,
-        num_threads=(chosen.num_wg + 1) * 128,
-        V_in_regs=False,
-        dQ_single_wg=chosen.dQ_single_wg,
-    )
 
 
 def _save(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, Tensor]) -> None:

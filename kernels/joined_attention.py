@@ -1,21 +1,20 @@
 """The first half of a block, attention `flash4` and XSA included, as one differentiable function.
 
 The projection's epilogue finishes the heads (kernels/heads_cutlass.py), and attention reads them
-where they lie, side by side; the out-projection adds the stream. Backward, the out-projection's
-product has XSA's backward pass in its epilogue (kernels/exclude_self_cutlass.py) where a key/value
-head serves two query heads; else both are as in kernels/heads_flash4.py. One pass makes the joint
-gradient of the finished heads' own. Products whose epilogue is empty are left to the compiler.
+where they lie, side by side; the out-projection adds the stream. Where a key/value head serves two
+query heads, XSA is in the epilogue of attention's kernel (kernels/flash4_epilogue.py), and its
+backward pass in that of the out-projection's product (kernels/exclude_self_cutlass.py); else both
+are as in kernels/heads_flash4.py. One pass makes the joint gradient of the finished heads' own.
+Products whose epilogue is empty are left to the compiler.
 
 Letters: M rows (tokens), D model width, B windows, T positions, H query heads, G key/value heads,
 K head size, N = H K, W joint width (H + 2 G) K, P programs or partial sums, L positions of whole
 tiles of flash4's, R = H/G.
 """
 
-import math
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from kernels import (
@@ -116,11 +115,11 @@ class _AttentionHalf(torch.autograd.Function):
             rows_MD, w_WD, factor_M, value_embed_MV, gain_H, kv_heads, cos, sin
         )
         q, k, v = views(heads_MW, len(rows_MD) // len(cos), kv_heads, len(gain_H))
-        out, lse = flash4.flash_attention(q, k, v)
-        attended_MN = pass_ops.exclude_self(out, v).flatten(0, 1).flatten(1)
+        rest, *numbers = _attend(q, k, v)
+        attended_MN = rest.flatten(0, 1).flatten(1)
         t_MD, squares_MP = cutlass.linear_add(attended_MN, w_out_DN, residual_MD)
         ctx.save_for_backward(
-            rows_MD, w_WD, w_out_DN, attended_MN, out, lse,
+            rows_MD, w_WD, w_out_DN, rest, *numbers,
             heads_MW, inverse, factor_M, gain_H, cos, sin,
         )  # fmt: skip
         ctx.kv_heads, ctx.has_embed = kv_heads, value_embed_MV is not None
@@ -129,39 +128,58 @@ class _AttentionHalf(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        rows_MD, w_WD, w_out_DN, attended_MN, out, lse, *saved = ctx.saved_tensors
-        go_MD = grads[0].contiguous()
-        d_heads = _heads_backward(go_MD, w_out_DN, out, lse, saved[0], ctx.kv_heads)
-        d_joint, sums_PH, *more = joined_heads_backward(*d_heads, *saved, ctx.has_embed)
+        rows_MD, w_WD, w_out_DN, rest, first, second, *of_heads = ctx.saved_tensors
+        go_MD, kv_heads = grads[0].contiguous(), ctx.kv_heads
+        d_heads = _heads_backward(go_MD, w_out_DN, rest, first, second, of_heads[0], kv_heads)
+        d_joint, sums_PH, *more = joined_heads_backward(*d_heads, *of_heads, ctx.has_embed)
         d_embed = more[0] if more else None
         d_rows, d_w = d_joint @ w_WD, d_joint.t() @ rows_MD
-        d_w_out = go_MD.t() @ attended_MN
+        d_w_out = go_MD.t() @ rest.flatten(0, 1).flatten(1)
         d_gain = sums_PH.sum(dim=0)
         return d_rows, d_w, None, d_embed, d_gain, None, None, None, d_w_out, go_MD
 
 
+def _attend(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """XSA of attention [B, T, H, K], and the two tensors that `_heads_backward` asks for beside it.
+
+    For groups of two: each row's own and base-2 logarithm, [B, H, L]. Else attention's results,
+    the output [B, T, H, K] and logarithms [B, H, T].
+    """
+    if q.shape[2] == MEMBERS * k.shape[2]:
+        return flash4.flash_attention_exclude_self(q, k, v)
+    out, lse = flash4.flash_attention(q, k, v)
+    return pass_ops.exclude_self(out, v), out, lse
+
+
 def _heads_backward(
-    go_MD: Tensor, w_out_DN: Tensor, out: Tensor, lse: Tensor, heads_MW: Tensor, kv_heads: int
+    go_MD: Tensor,
+    w_out_DN: Tensor,
+    rest: Tensor,
+    first: Tensor,
+    second: Tensor,
+    heads_MW: Tensor,
+    kv_heads: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """From the gradient at the half's result to those `joined_heads_backward` takes.
 
     Args:
         go_MD, w_out_DN: gradient, and the out-projection.
-        out, lse: attention's results, [B, T, H, K] and [B, H, T].
+        rest, first, second: what `_attend` gave.
         heads_MW: the finished heads.
         kv_heads: G.
     """
-    windows, window, query_heads, _ = out.shape
+    windows, window, query_heads, _ = rest.shape
     q, k, v = views(heads_MW, windows, kv_heads, query_heads)
     if query_heads != MEMBERS * kv_heads:
-        grad = (go_MD @ w_out_DN).view_as(out)
-        return heads_flash4.attention_backward(grad, q, k, v, out, lse)
-    padded = flash4.padded(window)
+        grad = (go_MD @ w_out_DN).view_as(rest)
+        return heads_flash4.attention_backward(grad, q, k, v, first, second)
+    rest_MN = rest.flatten(0, 1).flatten(1)
     d_out_MN, dv_own_MV, row_sums = exclude_self_cutlass.exclude_self_gradient(
-        go_MD, w_out_DN, out.flatten(0, 1).flatten(1), heads_MW, query_heads, window, padded
+        go_MD, w_out_DN, rest_MN, first, heads_MW, query_heads, window, flash4.padded(window)
     )
-    lse2 = F.pad(lse * math.log2(math.e), (0, padded - window), value=math.inf)
-    d_heads = flash4.flash_attention_backward_sums(d_out_MN.view_as(out), q, k, v, row_sums, lse2)
+    d_heads = flash4.flash_attention_backward_sums(
+        d_out_MN.view_as(rest), q, k, v, row_sums, second
+    )
     return *d_heads, dv_own_MV.view(v.shape)
 
 

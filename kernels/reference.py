@@ -332,16 +332,36 @@ def project_heads_backward(
 
 def exclude_self(y_BTHK: Tensor, v_BTGK: Tensor) -> Tensor:
     """XSA: take from each head's output its projection on its own position's value vector."""
-    heads = y_BTHK.unflatten(2, (v_BTGK.shape[2], -1)).float()
-    direction = F.normalize(v_BTGK.float(), dim=-1, eps=SMALLEST_NORM).unsqueeze(3)
-    rest = heads - (heads * direction).sum(-1, keepdim=True) * direction
-    return rest.flatten(2, 3).type_as(y_BTHK)
+    return exclude_self_parts(y_BTHK, v_BTGK)[0]
+
+
+def exclude_self_parts(y_BTHK: Tensor, v_BTGK: Tensor) -> tuple[Tensor, Tensor]:
+    """XSA's result and what it takes: y = rest + own v.
+
+    Args:
+        y_BTHK: attention's output.
+        v_BTGK: values.
+
+    Returns:
+        rest [B, T, H, K] in the type of y, and own = (y . v) / max(|v|, SMALLEST_NORM)^2,
+        [B, H, T], contiguous, in float32, or float64 where y is.
+    """
+    exact = torch.promote_types(y_BTHK.dtype, torch.float32)
+    heads = y_BTHK.unflatten(2, (v_BTGK.shape[2], -1)).to(exact)
+    v = v_BTGK.to(exact).unsqueeze(3)
+    length = v.norm(dim=-1, keepdim=True).clamp_min(SMALLEST_NORM)
+    direction = v / length
+    along = (heads * direction).sum(-1, keepdim=True)
+    rest = (heads - along * direction).flatten(2, 3).type_as(y_BTHK)
+    own_BTH = (along / length).squeeze(-1).flatten(2)
+    return rest, own_BTH.transpose(1, 2).contiguous()
 
 
 def exclude_self_gradient(
     go_MD: Tensor,
     w_DN: Tensor,
-    y_MN: Tensor,
+    rest_MN: Tensor,
+    own_BHL: Tensor,
     heads_MW: Tensor,
     query_heads: int,
     window: int,
@@ -349,13 +369,15 @@ def exclude_self_gradient(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of `exclude_self` where a projection reads its result.
 
-    With g = go @ w at one head's result and u the unit vector of its value v: at y, g - (g . u) u;
-    at v, -((y . u) g + (g . u) y - 2 (y . u)(g . u) u) / |v|, summed over the heads of a group.
+    With g = go @ w at one head's result, v its value and c = (g . v) / |v|^2: at attention's output
+    y, dy = g - c v; at v, -(own dy + c rest), summed over the heads of a group. A v shorter than
+    SMALLEST_NORM is divided by a constant: at it, -(own dy + c rest + 2 c own v).
 
     Args:
         go_MD: gradient at the projection's result.
         w_DN: its weights, N = H K.
-        y_MN: attention's output.
+        rest_MN: XSA's result, what the projection read.
+        own_BHL: as `exclude_self_parts` gives it, with L positions; y = rest + own v.
         heads_MW: query, key and value heads side by side, of which the values are read.
         query_heads: H.
         window: T, M = B T.
@@ -366,17 +388,19 @@ def exclude_self_gradient(
         times its gradient, [B, H, L], 0 past T, which flash attention's backward pass asks for.
     """
     exact = torch.promote_types(go_MD.dtype, torch.float32)
-    size = y_MN.shape[1] // query_heads
+    size = rest_MN.shape[1] // query_heads
     kv_heads = (heads_MW.shape[1] // size - query_heads) // 2
-    g, y = (t.to(exact).unflatten(1, (kv_heads, -1, size)) for t in (go_MD @ w_DN, y_MN))
+    g, rest = (t.to(exact).unflatten(1, (kv_heads, -1, size)) for t in (go_MD @ w_DN, rest_MN))
+    own_MH = own_BHL[..., :window].transpose(1, 2).flatten(0, 1)
+    own = own_MH.to(exact).unflatten(1, (kv_heads, -1)).unsqueeze(-1)
     v = heads_MW[:, -kv_heads * size :].to(exact).unflatten(1, (kv_heads, 1, size))
     length = v.norm(dim=-1, keepdim=True)
-    u = v / length.clamp_min(SMALLEST_NORM)
-    y_u, g_u = ((t * u).sum(-1, keepdim=True) for t in (y, g))
-    dy = (g - g_u * u).to(go_MD.dtype)
-    row_sums = (y * dy).sum(-1).unflatten(0, (-1, window))
-    along = torch.where(length > SMALLEST_NORM, 2 * y_u * g_u, 0)
-    dv = (along * u - y_u * g - g_u * y).sum(2, keepdim=True) / length.clamp_min(SMALLEST_NORM)
+    c = (g * v).sum(-1, keepdim=True) / length.clamp_min(SMALLEST_NORM).square()
+    dy = g - c * v
+    slack = torch.where(length > SMALLEST_NORM, 0, 2 * c * own)
+    dv = -(own * dy + c * rest + slack * v).sum(2)
+    dy = dy.to(go_MD.dtype)
+    row_sums = ((rest + own * v) * dy).sum(-1).unflatten(0, (-1, window))
     row_sums = F.pad(row_sums.flatten(2).transpose(1, 2), (0, padded - window))
     return dy.flatten(1), dv.flatten(1).to(go_MD.dtype), row_sums
 

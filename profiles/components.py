@@ -165,9 +165,10 @@ def work(event: Event) -> Work:
         m, k = matrices[0]
         n = math.prod(matrices[1]) // k
         # Those that come in beside the factors, and the result. `exclude_self_gradient` reads and
-        # writes half a stream of values, too: one of the heads' width stands for both. Of
-        # `linear_mix`, which has two results, the channels' factors stand for the second.
-        streams = len(matrices) - 1
+        # writes half a stream of values, too: one of the heads' width stands for both; two numbers
+        # a row and head are not counted. Of `linear_mix`, which has two results, the channels'
+        # factors stand for the second.
+        streams = sum(len(d) == 2 for d in matrices) - 1
         return Work(2.0 * m * k * n, float(m * k + k * n + streams * m * n))
     if op.startswith(RESIDUAL_OPS + HEAD_OPS):
         return Work(0.0, _pass_elements(op, event.dims))

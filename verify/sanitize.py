@@ -70,8 +70,9 @@ def cutlass_runs(m: int, d: int, f: int, device: str) -> dict[str, Callable[...,
     channels = torch.ones(2, d, device=device)
     ended = (post, w_down, go, x, channels)
     members, window = exclude_self_cutlass.MEMBERS, math.gcd(m, LENGTH)
-    w_out, y = _normal(device, d, members * size), _normal(device, m, members * size)
-    joint = _normal(device, m, (members + 2) * size)
+    w_out, rest = _normal(device, d, members * size), _normal(device, m, members * size)
+    joint, padded = _normal(device, m, (members + 2) * size), flash4.padded(window)
+    own = torch.ones(m // window, members, padded, device=device)
 
     def dpre_scaled(plan: Plan) -> object:
         signed = cutlass.run_up_scaled(x, w_up, factor, UP_SCALED_PLAN)
@@ -92,7 +93,7 @@ def cutlass_runs(m: int, d: int, f: int, device: str) -> dict[str, Callable[...,
         "linear_mix_skip": partial(entry_cutlass.run_linear_mix, *ended, x, channels[0]),
         "exclude_self": partial(
             exclude_self_cutlass.run_exclude_self_gradient,
-            *(x, w_out, y, joint, members, window, flash4.padded(window)),
+            *(x, w_out, rest, own, joint, members, window, padded),
         ),
     }
 

@@ -1,7 +1,7 @@
 """Claims about the product that has XSA's backward pass in its epilogue.
 
 Letters: M rows (tokens), D model width, B windows, T positions, L padded positions, H query heads,
-G key/value heads, K head size, N = H K, W joint width.
+G key/value heads, K head size, N = H K, V = G K, W joint width.
 """
 
 import re
@@ -24,12 +24,20 @@ NAMES = [name for name, variant in VARIANTS.items() if variant.op == "exclude_se
 Arguments = tuple[Any, ...]
 """Those of `exclude_self_gradient`."""
 
+SHORT = 2.0**-44
+"""Factor on values that makes heads of them shorter than reference.SMALLEST_NORM."""
+SCALES = pytest.mark.parametrize("scale", [1.0, SHORT], ids=["long", "short"])
+
 
 def _inputs(
     windows: int, window: int, d: int, heads: tuple[int, int], padded: int, device: str,
-    size: int = HEAD_SIZE,
+    size: int = HEAD_SIZE, scale: float = 1.0,
 ) -> Arguments:  # fmt: skip
-    """Random arguments, bfloat16 values in float64; of every third row the first value is zero."""
+    """Random arguments as the kernel rounds them, in float64.
+
+    Values are multiplied by `scale`; of every third row the first is zero. Of `own`, positions past
+    the last are NaN.
+    """
     g = torch.Generator(device).manual_seed(windows * window + d)
     (h, kv), m = heads, windows * window
 
@@ -37,41 +45,83 @@ def _inputs(
         return torch.randn(*shape, generator=g, device=device).to(BF16).to(F64)
 
     joint = normal(m, (h + 2 * kv) * size)
-    joint[::3, (h + kv) * size : (h + kv + 1) * size] = 0
+    v_MV = joint[:, -kv * size :].mul_(scale)
+    v_MV[::3, :size] = 0
+    rest, own = _parts(normal(m, h * size), v_MV, window, (h, kv))
+    own = torch.nn.functional.pad(own.float().to(F64), (0, padded - window), value=torch.nan)
     w = (normal(d, h * size) * d**-0.5).to(BF16).to(F64)
-    return normal(m, d), w, normal(m, h * size), joint, h, window, padded
+    return normal(m, d), w, rest.to(BF16).to(F64), own, joint, h, window, padded
 
 
-def _typed(arguments: Arguments, dtype: torch.dtype) -> Arguments:
-    return tuple(a.to(dtype) if isinstance(a, Tensor) else a for a in arguments)
+def _parts(
+    y_MN: Tensor, v_MV: Tensor, window: int, heads: tuple[int, int]
+) -> tuple[Tensor, Tensor]:
+    """`exclude_self_parts` of rows: rest [M, N] and own [B, H, T]."""
+    parts = zip((y_MN, v_MV), heads, strict=True)
+    y_4, v_4 = (t.unflatten(0, (-1, window)).unflatten(2, (n, -1)) for t, n in parts)
+    rest, own = reference.exclude_self_parts(y_4, v_4)
+    return rest.flatten(0, 1).flatten(1), own
+
+
+def _rounded(arguments: Arguments) -> Arguments:
+    """As the kernel takes them: `own` in float32, matrices in bfloat16."""
+    return tuple(
+        a.to(torch.float32 if a.ndim == 3 else BF16) if isinstance(a, Tensor) else a
+        for a in arguments
+    )
 
 
 # The meaning.
 
 
+@SCALES
 @pytest.mark.parametrize("heads", [(4, 2), (3, 3), (4, 1)])
-def test_formula_is_the_derivative_of_xsa_and_projection(heads: tuple[int, int]) -> None:
-    """Gradients at attention's output and at the values are autograd's, whatever the groups."""
+def test_formula_is_the_derivative_of_xsa_and_projection(
+    heads: tuple[int, int], scale: float
+) -> None:
+    """Gradients at attention's output and at the values are autograd's, whatever the groups.
+
+    The values' too where they are shorter than what their length counts as.
+    """
     (h, kv), size, windows, window = heads, 8, 2, 5
-    arguments = _inputs(windows, window, 16, heads, 7, "cpu", size)
-    go, w, y, joint, *_ = arguments
+    go, w, _, _, joint, *sizes = _inputs(windows, window, 16, heads, 7, "cpu", size, scale)
+    y = joint[:, : h * size].clone()  # nothing reads the queries
     leaves = [t.detach().requires_grad_() for t in (y, joint[:, -kv * size :])]
-    y_4, v_4 = (t.view(windows, window, n, size) for t, n in zip(leaves, (h, kv), strict=True))
-    # `exclude_self` computes in float32 at the least; here its formula in float64.
+    y_4, v_4 = (t.view(windows, window, n, size) for t, n in zip(leaves, heads, strict=True))
     u = torch.nn.functional.normalize(v_4, dim=-1, eps=reference.SMALLEST_NORM)
+    assert (u.norm(dim=-1) < 0.99).all() == (scale == SHORT)
     u = u.repeat_interleave(h // kv, dim=2)
-    rest = y_4 - (y_4 * u).sum(-1, keepdim=True) * u
-    budget = rounding_budget(32, torch.float32)
-    check("xsa", relative_error(rest, reference.exclude_self(y_4, v_4)), budget)
-    want = torch.autograd.grad(rest.flatten(0, 1).flatten(1) @ w.t(), leaves, go)
-    dy, dv, row_sums = reference.exclude_self_gradient(*arguments)
+    attended = (y_4 - (y_4 * u).sum(-1, keepdim=True) * u).flatten(0, 1).flatten(1)
+    rest, own = _parts(leaves[0], leaves[1], window, heads)
     budget = rounding_budget(64 * size, F64)
+    check("xsa", relative_error(rest, attended), budget)
+    v_BTHK = v_4.repeat_interleave(h // kv, dim=2)
+    taken = own.transpose(1, 2).unsqueeze(-1) * v_BTHK
+    check("own part", relative_error(taken, y_4 - rest.view_as(y_4)), budget)
+    want = torch.autograd.grad(attended @ w.t(), leaves, go)
+    padded_own = torch.nn.functional.pad(own, (0, 2), value=torch.nan)
+    with torch.no_grad():
+        given: Arguments = (go, w, rest, padded_own, joint, *sizes)
+        dy, dv, row_sums = reference.exclude_self_gradient(*given)
     check("dy", relative_error(dy, want[0]), budget)
     check("dv", relative_error(dv, want[1]), budget)
     sums = (y * dy).view(windows, window, h, size).sum(-1).transpose(1, 2)
     check("row sums", relative_error(row_sums[..., :window], sums), budget)
     assert row_sums.shape == (windows, h, 7)
     assert (row_sums[..., window:] == 0).all()
+
+
+def test_parts_of_low_precision_are_computed_in_float32() -> None:
+    """Of bfloat16 the result is rounded once and what it takes not at all."""
+    g = torch.Generator().manual_seed(0)
+    y, v = (torch.randn(2, 5, n, 8, generator=g).to(BF16) for n in (4, 2))
+    rest, own = reference.exclude_self_parts(y, v)
+    exact_rest, exact_own = reference.exclude_self_parts(y.to(F64), v.to(F64))
+    assert torch.equal(rest, reference.exclude_self(y, v))
+    assert (rest.dtype, own.dtype, exact_own.dtype) == (BF16, torch.float32, F64)
+    assert own.is_contiguous()
+    check("rest", relative_error(rest, exact_rest), rounding_budget(2, BF16))
+    check("own", relative_error(own, exact_own), rounding_budget(32, torch.float32))
 
 
 # What the operator says of itself, and what it refuses.
@@ -90,7 +140,7 @@ def test_default_plan_names_a_variant() -> None:
 @pytest.mark.parametrize(("window", "padded"), [(128, 128), (5, 128)])
 def test_operator_has_true_shapes_for_the_compiler(window: int, padded: int) -> None:
     """Its fake gives shapes, types and layout."""
-    arguments = _typed(_inputs(2, window, 24, (4, 2), padded, "cpu"), BF16)
+    arguments = _rounded(_inputs(2, window, 24, (4, 2), padded, "cpu"))
     meta = [t.to("meta") if isinstance(t, Tensor) else t for t in arguments]
     found = exclude_self_cutlass.exclude_self_gradient(*meta)
     for got, want in zip(found, reference.exclude_self_gradient(*arguments), strict=True):
@@ -99,8 +149,8 @@ def test_operator_has_true_shapes_for_the_compiler(window: int, padded: int) -> 
 
 def _changed(**changes: Any) -> list[Any]:
     """Fitting arguments, but for their place, with some of them changed."""
-    names = ("go", "w", "y", "heads", "query_heads", "window", "padded")
-    values = _typed(_inputs(2, 4, 8, (2, 1), 128, "cpu"), BF16)
+    names = ("go", "w", "rest", "own", "heads", "query_heads", "window", "padded")
+    values = _rounded(_inputs(2, 4, 8, (2, 1), 128, "cpu"))
     return list((dict(zip(names, values, strict=True)) | changes).values())
 
 
@@ -108,7 +158,12 @@ def _changed(**changes: Any) -> list[Any]:
     ("changes", "words"),
     [
         ({"w": torch.zeros(8, 64, dtype=BF16)}, r"w \[D, N\] \(8, 64\) must be \(8, 128\)"),
-        ({"y": torch.zeros(8, 64, dtype=BF16)}, r"y \[M, N\].*must be \(8, 128\)"),
+        ({"rest": torch.zeros(8, 64, dtype=BF16)}, r"rest \[M, N\].*must be \(8, 128\)"),
+        ({"own": torch.zeros(2, 2, 4)}, r"own \[B, H, L\] must be float32 \(2, 2, 128\)"),
+        ({"own": torch.zeros(2, 2, 128, dtype=F64)}, "own .*not torch.float64"),
+        ({"own": torch.zeros(2, 128, 2).mT}, "own must be contiguous"),
+        ({"own": torch.zeros(2, 2, 128, device="meta")}, "own is on meta, its rows on cpu"),
+        ({"own": torch.zeros(513)[1:].view(2, 2, 128)}, "own must begin at a multiple of 16 bytes"),
         ({"heads": torch.zeros(8, 192, dtype=BF16)}, r"heads \[M, W\].*must be \(8, 256\)"),
         ({"query_heads": 3}, "3 query heads do not make groups of 2"),
         ({"query_heads": 0}, "0 query heads"),
@@ -168,16 +223,17 @@ SHAPES = [
 
 
 @pytest.mark.hopper
+@SCALES
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize(("windows", "window", "d", "heads", "padded"), SHAPES)
 def test_gradients_meet_the_budget(
-    name: str, windows: int, window: int, d: int, heads: tuple[int, int], padded: int
+    name: str, windows: int, window: int, d: int, heads: tuple[int, int], padded: int, scale: float
 ) -> None:
     """Every head, and every 1024 rows, lies within budget of float64; zero values give zeros."""
-    arguments = _inputs(windows, window, d, heads, padded, "cuda")
+    arguments = _inputs(windows, window, d, heads, padded, "cuda", scale=scale)
     exact = reference.exclude_self_gradient(*arguments)
-    plain = reference.exclude_self_gradient(*_typed(arguments, BF16))
-    got = exclude_self_cutlass.run_exclude_self_gradient(*_typed(arguments, BF16), plan=Plan(name))
+    plain = reference.exclude_self_gradient(*_rounded(arguments))
+    got = exclude_self_cutlass.run_exclude_self_gradient(*_rounded(arguments), plan=Plan(name))
     for result, a, p, e in zip(("dy", "dv"), got, plain, exact, strict=False):
         heads_of = zip(*(t.split(HEAD_SIZE, dim=1) for t in (a, p, e)), strict=True)
         rows_of = zip(*(t.split(1024) for t in (a, p, e)), strict=True)
@@ -185,10 +241,15 @@ def test_gradients_meet_the_budget(
             budget = kernel_budget(plain_part, exact_part, BF16)
             check(result, relative_error(part, exact_part), budget)
     # The sums are of dy as it was rounded, and belong to it.
-    own = (arguments[2] * got[0].double()).unflatten(1, (heads[0], -1)).sum(-1)
-    own = own.unflatten(0, (windows, window)).transpose(1, 2)
+    _, _, rest, own, joint, *_ = arguments
+    own_MH = own[..., :window].transpose(1, 2).flatten(0, 1)
+    v_MGK = joint[:, -heads[1] * HEAD_SIZE :].unflatten(1, (heads[1], -1))
+    taken = own_MH.unsqueeze(-1) * v_MGK.repeat_interleave(MEMBERS, dim=1)
+    y = rest.view_as(taken) + taken
+    sums = (y * got[0].double().view_as(y)).sum(-1)
+    sums = sums.unflatten(0, (windows, window)).transpose(1, 2)
     found = got[2][..., :window]
-    check("row sums", relative_error(found, own), rounding_budget(8 * HEAD_SIZE, torch.float32))
+    check("row sums", relative_error(found, sums), rounding_budget(8 * HEAD_SIZE, torch.float32))
     assert (got[2][..., window:] == 0).all()
     assert got[1].isfinite().all()
 
@@ -197,7 +258,7 @@ def test_gradients_meet_the_budget(
 @pytest.mark.parametrize("name", NAMES)
 def test_order_of_tiles_changes_no_bit(name: str) -> None:
     """Along M or N, in bands of any width, the result is the same."""
-    arguments = _typed(_inputs(9, 2048, 520, (8, 4), 2048, "cuda"), BF16)
+    arguments = _rounded(_inputs(9, 2048, 520, (8, 4), 2048, "cuda"))
     run = exclude_self_cutlass.run_exclude_self_gradient
     first = run(*arguments, plan=Plan(name))
     for along_m in (False, True):
@@ -211,13 +272,13 @@ def test_order_of_tiles_changes_no_bit(name: str) -> None:
 def test_nothing_outside_the_results_is_written(name: str) -> None:
     """Ragged tiles, and those past the last head, write nothing but rows, columns and sums."""
     windows, window, d, heads, padded = 3, 43, 72, (6, 3), 43
-    arguments = _typed(_inputs(windows, window, d, heads, padded, "cuda"), BF16)
+    arguments = _rounded(_inputs(windows, window, d, heads, padded, "cuda"))
     want = exclude_self_cutlass.run_exclude_self_gradient(*arguments, plan=Plan(name))
     buffers = [torch.full((3 * t.numel(),), 7, device="cuda", dtype=t.dtype) for t in want]
     pairs = zip(buffers, want, strict=True)
     results = [b[t.numel() : 2 * t.numel()].view(t.shape) for b, t in pairs]
     sizes = (windows * window, d, window, heads[0], padded)
-    cutlass.launch(Plan(name, max_swizzle=8), (*arguments[:4], *results), sizes)
+    cutlass.launch(Plan(name, max_swizzle=8), (*arguments[:5], *results), sizes)
     for buffer, result, t in zip(buffers, results, want, strict=True):
         assert torch.equal(result, t)
         assert (buffer[: t.numel()] == 7).all()
@@ -227,7 +288,7 @@ def test_nothing_outside_the_results_is_written(name: str) -> None:
 @pytest.mark.hopper
 def test_operator_runs_on_the_current_stream() -> None:
     """On a side stream the kernel waits for that stream's earlier work."""
-    go, *rest = _typed(_inputs(3, 100, 64, (8, 4), 128, "cuda"), BF16)
+    go, *rest = _rounded(_inputs(3, 100, 64, (8, 4), 128, "cuda"))
     want = exclude_self_cutlass.exclude_self_gradient(go, *rest)
     late = torch.zeros_like(go)
     torch.cuda.synchronize()

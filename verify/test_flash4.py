@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from bench.flash4_variants import backward_chains, by_member
-from kernels import flash4, heads_flash4, heads_triton, pass_ops, reference
+from kernels import flash4, flash4_package, heads_flash4, heads_triton, pass_ops, reference
 from trainer.config import ModelConfig
 from trainer.errors import ConfigError
 from trainer.layers import causal_attention, rotary_tables
@@ -428,7 +428,7 @@ for name, a, e in zip(names, run(heads_flash4.attend), run(plain), strict=True):
 
 CHAINS = """
 import torch
-from bench.flash4_variants import backward_chains
+from bench.flash4_variants import backward_chains, forward_chains
 from kernels import flash4, pass_ops
 from verify import flash4_stand_in
 from verify.tolerance import check, relative_error, rounding_budget
@@ -447,10 +447,14 @@ for name, a, e in zip(("dqkv", "dembed", "dgain"), *(way() for way in ways.value
     assert (a is None) == (e is None) == (name == "dembed")
     if a is not None:
         check(name, relative_error(a, e), rounding_budget(64 * k * (b * t + h), torch.float32))
+apart, taken_over = forward_chains(*qkv.unflatten(2, (-1, k)).split([h, g, g], dim=2)).values()
+(rest, logarithms), (rest_too, _, logarithms_too) = apart(), taken_over()
+for a, e in ((rest, rest_too), (logarithms, logarithms_too[..., :t])):
+    check("forward", relative_error(a, e), rounding_budget(64 * k, torch.float32))
 """
 
 
-def test_both_backward_chains_of_the_bench_give_the_same() -> None:
+def test_both_chains_of_the_bench_give_the_same() -> None:
     """Through the package's helper kernels or handed over, interpreted over the stand-in."""
     run_interpreted(CHAINS)
 
@@ -479,23 +483,24 @@ def test_heads_and_rows_that_do_not_fit_are_named() -> None:
 
 def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     """Without the package, or with another version, the error gives the command to install it."""
-    interface = flash4.interface.__wrapped__
+    interface = flash4_package.interface.__wrapped__
 
     def missing(name: str) -> str:
-        raise flash4.metadata.PackageNotFoundError(name)
+        raise flash4_package.metadata.PackageNotFoundError(name)
 
-    monkeypatch.setattr(flash4.metadata, "version", missing)
-    with pytest.raises(RuntimeError, match=r'pip install "flash-attn-4\[cu13\]==4\.0\.0b36"'):
-        interface()
-    monkeypatch.setattr(flash4.metadata, "version", lambda _: "4.0.0b1")
+    monkeypatch.setattr(flash4_package.metadata, "version", missing)
+    for ask in (interface, flash4_package.versions):
+        with pytest.raises(RuntimeError, match=r'pip install "flash-attn-4\[cu13\]==4\.0\.0b36"'):
+            ask()
+    monkeypatch.setattr(flash4_package.metadata, "version", lambda _: "4.0.0b1")
     with pytest.raises(RuntimeError, match=r"4\.0\.0b1 is installed.*pip install"):
-        interface()
+        flash4_package.versions()
 
     def broken(name: str) -> None:
         raise ImportError(f"libcuda is missing, says {name}")
 
-    monkeypatch.setattr(flash4.metadata, "version", lambda _: flash4.VERSION)
-    monkeypatch.setattr(flash4.importlib, "import_module", broken)
+    monkeypatch.setattr(flash4_package.metadata, "version", lambda _: flash4_package.VERSION)
+    monkeypatch.setattr(flash4_package.importlib, "import_module", broken)
     with pytest.raises(RuntimeError, match=r"libcuda is missing.*pip install"):
         interface()
 
@@ -507,7 +512,7 @@ def test_a_run_without_the_package_stops_before_any_work(monkeypatch: pytest.Mon
         raise RuntimeError("cannot import flash-attn-4")
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(flash4, "interface", missing)
+    monkeypatch.setattr(flash4, "versions", missing)
     config = replace(RECORD, attention="flash4")
     with pytest.raises(ConfigError, match="--attention flash4 cannot run here: cannot import"):
         preflight(config)

@@ -200,10 +200,10 @@ def test_work_counts_every_operation_once() -> None:
 @pytest.mark.parametrize(
     ("op", "dims", "role", "streams"),
     [
-        # Beside the factors: y, its gradient, and values with theirs, which are half as wide.
+        # Beside the factors: rest, y's gradient, and values with theirs, which are half as wide.
         (
             "exclude_self_gradient_cutlass",
-            ((N, D), (D, D), (N, D), (N, D + 2 * KV)),
+            ((N, D), (D, D), (N, D), (48, 8, 2048), (N, D + 2 * KV)),
             "attention out",
             3,
         ),

@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 import triton
 
-from kernels import build, flash4, variants
+from kernels import build, flash4_package, variants
 from trainer import codesize, corpus
 from trainer.__main__ import parse
 from trainer.config import SIZE_LIMIT_BYTES, ModelConfig
@@ -338,7 +338,7 @@ def test_requirements_name_flash4_where_it_is_chosen(submission: Submission) -> 
     run = submission.runs[0]
     assert "flash-attn" not in contents.requirements(run)
     chosen = dataclasses.replace(run, config=dataclasses.replace(run.config, attention="flash4"))
-    assert flash4.REQUIREMENT in contents.requirements(chosen).splitlines()
+    assert flash4_package.REQUIREMENT in contents.requirements(chosen).splitlines()
 
 
 def test_several_seeds_give_their_mean_and_largest_total(submission: Submission) -> None:

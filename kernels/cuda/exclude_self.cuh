@@ -1,12 +1,14 @@
 // The gradient at attention's output, through the out-projection and XSA in one product.
 //
-// ExcludeSelfGemm: of g = go[M,D] @ w[D,N], the gradient at XSA's result, N = H 64:
-//   dy[M,N]         = g - (g . u) u, with u the unit vector of the head's own value
-//   dv[M,G 64]      = -sum over the heads of a group of (y . u) g + (g . u) y - 2 (y . u)(g . u) u,
-//                     divided by the value's length
+// ExcludeSelfGemm: of g = go[M,D] @ w[D,N], the gradient at XSA's result, N = H 64. That result is
+// rest = y - own v, of attention's output y, each head's own value v and own = (y . v) / |v|^2.
+// With c = (g . v) / |v|^2:
+//   dy[M,N]         = g - c v
+//   dv[M,G 64]      = -sum over the heads of a group of own dy + c rest
 //   row_sums[B,H,L] = y . dy, dy as rounded, which attention's backward pass asks for
 //
-// A tile of 128 columns holds the two heads of one group: their sums stay in registers.
+// y is not read: it is rest + own v. A tile of 128 columns holds the two heads of one group: their
+// sums stay in registers.
 #pragma once
 
 #include "heads.cuh"
@@ -14,6 +16,7 @@
 namespace fairway {
 
 constexpr float kSmallestNorm = 1e-12f;  // as in kernels/reference.py
+constexpr float kSmallestSquare = kSmallestNorm * kSmallestNorm;
 constexpr int kMembers = 2;              // query heads of a group
 
 // Loads a matrix that is narrower than the result: all pieces of a row of pieces meet the same one.
@@ -54,129 +57,211 @@ struct LoadOfGroup : Load {
 };
 
 struct ExcludeSelfArguments {
+  float const* own;  // [B, H, L]
   Element* dv;
-  float* row_sums;
+  float* row_sums;             // [B, H, L]
   cutlass::FastDivmod window;  // divides by T
   int query_heads;             // H
   int padded;                  // L, at least T
+
+  // How many rows from `first` on the load warp can bring: of one window, in whole vectors.
+  CUTLASS_DEVICE int staged(int first, int rows) const {
+    constexpr int kVector = 16 / sizeof(float);
+    int const position = first - window.div(first) * window.divisor;
+    bool const aligned = position % kVector == 0 && padded % kVector == 0;
+    return aligned ? cute::min(rows, window.divisor - position) / kVector * kVector : 0;
+  }
+
+  // Where a row's number of a head lies in [B, H, L].
+  CUTLASS_DEVICE int place(int row, int head) const {
+    int const in = window.div(row);
+    return (in * query_heads + head) * padded + row - in * window.divisor;
+  }
 };
 
-// dy of the accumulators, y and the values; dv and the rows' sums on the way.
+// dy of the accumulators, rest and the values; dv and the rows' sums on the way.
 template <class V>
 struct ExcludeSelf : Node<ExcludeSelfArguments> {
   using Node<ExcludeSelfArguments>::Node;
   using Head = PieceFragment<V>;
+  using Loaded = cutlass::Array<Element, Head::kValues>;
+  using Pair = cutlass::Array<Element, 2>;
   static_assert(Head::kColumns == kHeadSize, "a piece holds one head");
   static_assert(cute::size<1>(typename V::Tile{}) == kMembers * kHeadSize, "a tile is a group");
+  static constexpr int kRowsOfTile = cute::size<0>(typename V::Tile{});
+
+  struct SharedStorage {
+    alignas(16) float own[kMembers][kRowsOfTile];
+  };
+  using Staged = decltype(SharedStorage::own);
+
+  CUTLASS_HOST_DEVICE ExcludeSelf() {}
+  CUTLASS_HOST_DEVICE ExcludeSelf(ExcludeSelfArguments const& params_, SharedStorage const& storage)
+      : Node<ExcludeSelfArguments>(params_, {}), staged(const_cast<Staged*>(&storage.own)) {}
+
+  template <class... Args>
+  CUTLASS_DEVICE auto get_producer_load_callbacks(
+      fusion::detail::ProducerLoadArgs<Args...> const& args) {
+    auto [M, N, K, L] = args.problem_shape_mnkl;
+    auto [m, n, k, l] = args.tile_coord_mnkl;
+    int const first = int(m) * kRowsOfTile, head = int(n) * kMembers;
+    int const rows = cute::min(int(M) - first, int(kRowsOfTile));
+    bool const inside = head < this->params.query_heads && rows > 0;
+    WithFirstPiece<V, kMembers> callbacks;
+    callbacks.bytes = inside ? this->params.staged(first, rows) * int(sizeof(float)) : 0;
+    int const place = this->params.place(first, head);
+    CUTLASS_PRAGMA_UNROLL
+    for (int i = 0; i < kMembers; ++i) {
+      callbacks.from[i] = this->params.own + place + i * this->params.padded;
+      callbacks.to[i] = (*staged)[i];
+    }
+    return callbacks;
+  }
+
+  Staged* staged;
 
   struct ConsumerStoreCallbacks : fusion::detail::EmptyConsumerStoreCallbacks {
     ExcludeSelfArguments const& params;
-    int rows;    // M, or 0 past the last head: clusters and bands of tiles reach there
-    int row;     // this thread's first
-    int column;  // likewise
-    // Of a group's first head, and rounded: in float32 they would spill.
-    cutlass::Array<Element, Head::kValues> d_unit[Head::kPiecesM];
-    float along[Head::kPiecesM][Head::kRows];
+    Staged const& staged;
+    int brought;                     // rows of the tile that are staged
+    int rows;                        // M, or 0 past the last head: clusters and bands reach there
+    int row;                         // this thread's first
+    int column;                      // likewise
+    int places[Head::kTileRows];     // in [B, H, L], of the first head; -1 past the last row
+    float own[kMembers][Head::kTileRows];
+    float inverse[Head::kTileRows];  // of the squared length of a row's value
+    float slack[Head::kTileRows];    // where that is shorter than kSmallestNorm, else 0
+    // Terms of dv of a group's first head, and rounded: in float32 they would spill.
+    Pair first[Head::kPiecesM][Head::kValues / 2];
 
-    CUTLASS_DEVICE ConsumerStoreCallbacks(ExcludeSelfArguments const& params_, int rows_, int row_,
+    CUTLASS_DEVICE ConsumerStoreCallbacks(ExcludeSelfArguments const& params_,
+                                          Staged const& staged_, int brought_, int rows_, int row_,
                                           int column_)
-        : params(params_), rows(rows_), row(row_), column(column_) {}
+        : params(params_), staged(staged_), brought(brought_), rows(rows_), row(row_),
+          column(column_) {}
 
-    template <class Accumulator, class Output, int N>
-    CUTLASS_DEVICE cutlass::Array<Element, N> visit(cutlass::Array<Accumulator, N> const& g, int,
-                                                    int epi_m, int epi_n,
-                                                    cutlass::Array<Output, N> const& y,
-                                                    cutlass::Array<Element, N> const& v) {
-      static_assert(N == Head::kValues, "a fragment holds this thread's share of a head");
-      float inverse[Head::kRows], y_unit[Head::kRows], g_unit[Head::kRows];
-      cutlass::Array<float, N> rest, terms;
+    CUTLASS_DEVICE static constexpr int tile_row(int epi_m, int half) {
+      return epi_m * Head::kRows + half;
+    }
+
+    CUTLASS_DEVICE void begin() {
+      CUTLASS_PRAGMA_UNROLL
+      for (int i = 0; i < Head::kTileRows; ++i) {
+        int const at = row + Head::row_at(i / Head::kRows, i % Head::kRows);
+        places[i] = at < rows ? params.place(at, column / kHeadSize) : -1;
+      }
+    }
+
+    CUTLASS_DEVICE void previsit(int epi_m, int epi_n, int, bool) {
+      if (epi_m != 0 || epi_n != 0) {
+        return;
+      }
+      CUTLASS_PRAGMA_UNROLL
+      for (int i = 0; i < kMembers * Head::kTileRows; ++i) {
+        int const head = i % kMembers, of_tile = i / kMembers, place = places[of_tile];
+        int const at = row + Head::row_at(of_tile / Head::kRows, of_tile % Head::kRows);
+        // Rows of a next window, and the last few, are read where they lie.
+        own[head][of_tile] = at % kRowsOfTile < brought ? staged[head][at % kRowsOfTile]
+                             : place >= 0 ? __ldg(params.own + place + head * params.padded)
+                                          : 0.f;
+      }
+    }
+
+    template <class Accumulator, int N>
+    CUTLASS_DEVICE Loaded visit(cutlass::Array<Accumulator, N> const& g, int, int epi_m, int epi_n,
+                                Loaded const& rest, Loaded const& v) {
+      Loaded dy;
       CUTLASS_PRAGMA_UNROLL
       for (int half = 0; half < Head::kRows; ++half) {
-        float vv = 0, yv = 0, gv = 0;
-        CUTLASS_PRAGMA_UNROLL
-        for (int i = 0; i < N; ++i) {
-          if (Head::row_of(i) == half) {
-            float const value = float(v[i]);
-            vv += value * value;
-            yv += float(y[i]) * value;
-            gv += g[i] * value;
-          }
-        }
-        float const length = sqrtf(Head::over_lanes(vv));
-        inverse[half] = 1 / fmaxf(length, kSmallestNorm);
-        y_unit[half] = Head::over_lanes(yv) * inverse[half];
-        g_unit[half] = Head::over_lanes(gv) * inverse[half];
-        float const own = g_unit[half] * inverse[half];
-        CUTLASS_PRAGMA_UNROLL
-        for (int i = 0; i < N; ++i) {
-          if (Head::row_of(i) == half) {
-            rest[i] = g[i] - own * float(v[i]);
-            terms[i] = y_unit[half] * g[i] + g_unit[half] * float(y[i]);
-          }
-        }
-        // The length of a vector shorter than kSmallestNorm has no gradient.
-        float const term = length > kSmallestNorm ? 2 * y_unit[half] * g_unit[half] : 0.f;
-        along[epi_m][half] = epi_n == 0 ? term : along[epi_m][half] + term;
-      }
-      cutlass::NumericArrayConverter<Element, float, N, kRound> const rounded;
-      if (epi_n == 0) {
-        d_unit[epi_m] = rounded(terms);
-      }
-      auto const dy = rounded(rest);
-      CUTLASS_PRAGMA_UNROLL
-      for (int half = 0; half < Head::kRows; ++half) {
-        int const at = row + Head::row_at(epi_m, half);
-        store_row_sum(at, epi_n, half, y, dy);
-        if (epi_n == kMembers - 1) {
-          store_value(at, epi_m, half, inverse[half], v, terms);
-        }
+        visit_row(dy, g, rest, v, epi_m, epi_n, half);
       }
       return dy;
     }
 
-    template <class Output>
-    CUTLASS_DEVICE void store_row_sum(int at, int epi_n, int half,
-                                      cutlass::Array<Output, Head::kValues> const& y,
-                                      cutlass::Array<Element, Head::kValues> const& dy) const {
-      float sum = 0;
+    // One of a piece's rows. What it gives is rounded pair by pair: in float32 all would spill.
+    template <class Accumulator, int N>
+    CUTLASS_DEVICE void visit_row(Loaded& dy, cutlass::Array<Accumulator, N> const& g,
+                                  Loaded const& rest, Loaded const& v, int epi_m, int epi_n,
+                                  int half) {
+      static_assert(N == Head::kValues, "a fragment holds this thread's share of a head");
+      int const of_tile = tile_row(epi_m, half);
+      float const share = own[epi_n][of_tile];
+      float vv = 0, gv = 0;
       CUTLASS_PRAGMA_UNROLL
-      for (int i = 0; i < Head::kValues; ++i) {
+      for (int i = 0; i < N; ++i) {
         if (Head::row_of(i) == half) {
-          sum += float(y[i]) * float(dy[i]);
+          float const value = float(v[i]);
+          gv += g[i] * value;
+          if (epi_n == 0) {
+            vv += value * value;
+          }
         }
       }
-      sum = Head::over_lanes(sum);
-      if (column % kHeadSize == 0 && at < rows) {
-        int const window = params.window.div(at);
-        int const head = column / kHeadSize + epi_n;
-        int64_t const line = int64_t(window) * params.query_heads + head;
-        params.row_sums[line * params.padded + at - window * params.window.divisor] = sum;
+      if (epi_n == 0) {
+        vv = Head::over_lanes(vv);
+        // Exactly: with a quicker reciprocal the compiler mixes a piece's rows, and spills.
+        inverse[of_tile] = 1 / fmaxf(vv, kSmallestSquare);
       }
-    }
-
-    CUTLASS_DEVICE void store_value(int at, int epi_m, int half, float inverse,
-                                    cutlass::Array<Element, Head::kValues> const& v,
-                                    cutlass::Array<float, Head::kValues> const& terms) const {
-      int const width = params.query_heads / kMembers * kHeadSize;
-      int const first = column / (kMembers * kHeadSize) * kHeadSize + column % kHeadSize;
-      Element* const to = params.dv + int64_t(at) * width + first;
+      float const c = Head::over_lanes(gv) * inverse[of_tile];
+      // The length of a vector shorter than kSmallestNorm has no gradient.
+      float const term = inverse[of_tile] < 1 / kSmallestSquare ? 0.f : 2 * c * share;
+      slack[of_tile] = epi_n == 0 ? term : slack[of_tile] + term;
+      if (epi_n + 1 == kMembers && __any_sync(0xffffffffu, slack[of_tile] != 0)) {  // hardly ever
+        CUTLASS_PRAGMA_UNROLL
+        for (int i = 0; i < N; i += 2) {
+          if (Head::row_of(i) == half) {
+            Pair& kept = first[epi_m][i / 2];
+            cutlass::Array<float, 2> more;
+            more[0] = float(kept[0]) - slack[of_tile] * float(v[i]);
+            more[1] = float(kept[1]) - slack[of_tile] * float(v[i + 1]);
+            kept = round(more);
+          }
+        }
+      }
+      Element* const to = value_row(row + Head::row_at(epi_m, half));
+      bool const inside = places[of_tile] >= 0;
+      float row_sum = 0;
       CUTLASS_PRAGMA_UNROLL
-      for (int i = 0; i < Head::kValues; i += 2) {
+      for (int i = 0; i < N; i += 2) {
         if (Head::row_of(i) != half) {
           continue;
         }
-        cutlass::Array<float, 2> pair;
+        Pair& kept = first[epi_m][i / 2];
+        cutlass::Array<float, 2> gradient, terms;
         CUTLASS_PRAGMA_UNROLL
         for (int j = 0; j < 2; ++j) {
-          float const unit = inverse * float(v[i + j]);
-          float const sum = float(d_unit[epi_m][i + j]) + terms[i + j];
-          pair[j] = inverse * (along[epi_m][half] * unit - sum);
+          float const value = float(v[i + j]);
+          gradient[j] = g[i + j] - c * value;
+          float const before = epi_n == 0 ? 0.f : float(kept[j]);
+          terms[j] = before - c * float(rest[i + j]) - share * gradient[j];
         }
-        if (at < rows) {
-          *reinterpret_cast<cutlass::Array<Element, 2>*>(to + Head::column_of(i)) =
-              cutlass::NumericArrayConverter<Element, float, 2, kRound>{}(pair);
+        Pair const rounded = round(gradient);
+        CUTLASS_PRAGMA_UNROLL
+        for (int j = 0; j < 2; ++j) {
+          dy[i + j] = rounded[j];
+          row_sum += (float(rest[i + j]) + share * float(v[i + j])) * float(rounded[j]);
+        }
+        if (epi_n + 1 < kMembers) {
+          kept = round(terms);
+        } else if (inside) {
+          *reinterpret_cast<Pair*>(to + Head::column_of(i)) = round(terms);
         }
       }
+      row_sum = Head::over_lanes(row_sum);
+      if (inside && column % kHeadSize == 0) {
+        params.row_sums[places[of_tile] + epi_n * params.padded] = row_sum;
+      }
+    }
+
+    // A row of dv, from this thread's first column on.
+    CUTLASS_DEVICE Element* value_row(int at) const {
+      int const width = params.query_heads / kMembers * kHeadSize;
+      int const first_column = column / (kMembers * kHeadSize) * kHeadSize + column % kHeadSize;
+      return params.dv + int64_t(at) * width + first_column;
+    }
+
+    CUTLASS_DEVICE static Pair round(cutlass::Array<float, 2> const& pair) {
+      return cutlass::NumericArrayConverter<Element, float, 2, kRound>{}(pair);
     }
   };
 
@@ -186,7 +271,11 @@ struct ExcludeSelf : Node<ExcludeSelfArguments> {
     static_assert(Head::as_expected(decltype(args.tCcD.layout()){}), "another order of elements");
     auto [M, N, K, L] = args.problem_shape_mnkl;
     int const column = int(N) - int(cute::get<1>(args.residue_tCcD));
-    return ConsumerStoreCallbacks(this->params, column < int(N) ? int(M) : 0,
+    int const rows = column < int(N) ? int(M) : 0;
+    int const first = int(cute::get<0>(args.tile_coord_mnkl)) * kRowsOfTile;
+    int const in_tile = cute::min(rows - first, int(kRowsOfTile));
+    int const brought = in_tile > 0 ? this->params.staged(first, in_tile) : 0;
+    return ConsumerStoreCallbacks(this->params, *staged, brought, rows,
                                   int(M) - int(cute::get<0>(args.residue_tCcD)), column);
   }
 };
@@ -199,14 +288,14 @@ struct ExcludeSelfGemm {
   using Fused = FusedGemm<V, RowMajor, Element, Tree>;
 
   // The values are columns of the joint heads, `heads`[M, (H + 2 G) 64].
-  static int run(Element const* go, Element const* w, Element const* y, Element const* heads,
-                 Element* dy, ExcludeSelfArguments const& more, int m, int d,
+  static int run(Element const* go, Element const* w, Element const* rest,
+                 Element const* heads, Element* dy, ExcludeSelfArguments const& more, int m, int d,
                  Launch const& launch) {
     int const kv_heads = more.query_heads / kMembers;
     int const joint = (more.query_heads + 2 * kv_heads) * kHeadSize;
     Element const* const values = heads + (more.query_heads + kv_heads) * kHeadSize;
     typename Fused::TreeArguments tree{{}, Values::arguments(values, m, joint), more};
-    return Fused::run(m, more.query_heads * kHeadSize, d, go, w, y, dy, tree, launch);
+    return Fused::run(m, more.query_heads * kHeadSize, d, go, w, rest, dy, tree, launch);
   }
 };
 

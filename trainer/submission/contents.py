@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from importlib.metadata import packages_distributions, version
 from typing import Any
 
-from kernels import flash4
+from kernels import flash4_package
 from trainer.collect import SeedSet
 from trainer.config import SlotMode
 from trainer.submission import pack
@@ -151,5 +151,5 @@ def requirements(run: FinishedRun) -> str:
         if known != "not installed":
             lines.append(f"{name}=={known.split('+')[0]}")  # an index has no local versions
     if run.config.attention == "flash4":
-        lines.append(flash4.REQUIREMENT)
+        lines.append(flash4_package.REQUIREMENT)
     return "\n".join(sorted(lines, key=str.lower)) + "\n"

@@ -39,6 +39,9 @@ STAND_INS = {
 ROOTS = ("main",)
 """What the start of the script calls in a command."""
 
+OPTIONAL = ("kernels.flash4_epilogue",)
+"""Modules for attention `flash4` alone: what they import comes with its package."""
+
 PROGRAM = ("trainer.submission.mixing", "trainer.submission.unpack")
 """What it runs first, as one source."""
 STARTED = ("start", "unpack", "decode")
@@ -74,9 +77,12 @@ def modules() -> dict[str, Path]:
 
 
 def third_party() -> list[str]:
-    """Top-level names that the packed modules import from other projects, in order."""
+    """Top-level names that the packed modules import from other projects, in order.
+
+    Those of `OPTIONAL` are left out.
+    """
     names: set[str] = {"brotli"}
-    for path in modules().values():
+    for path in (path for name, path in modules().items() if name not in OPTIONAL):
         tree = ast.parse(path.read_text(encoding="utf-8"))
         names.update(name.split(".")[0] for name in _imported(tree))
     return sorted(names - set(PACKAGES) - set(sys.stdlib_module_names))
