@@ -1,4 +1,4 @@
-"""Shared pytest set-up: hypothesis profiles, hardware markers, one seed for every test.
+"""Shared pytest set-up: hypothesis profiles, markers of what a test needs, one seed for every test.
 
 Choose a profile with `pytest verify --hypothesis-profile=fast|default|long`.
 """
@@ -13,6 +13,8 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
+from kernels import flash4_package
+
 pytest_plugins = ["verify.proof_sheet"]
 
 _COMMON = {
@@ -26,7 +28,7 @@ settings.register_profile("long", max_examples=500, **_COMMON)
 settings.load_profile("default")
 
 
-def _missing_hardware(marker: str) -> str | None:
+def _missing(marker: str) -> str | None:
     """Why tests with this marker cannot run here; None when they can."""
     if marker == "nvcc":
         return None if shutil.which("nvcc") else "needs nvcc (the CUDA compiler) on PATH"
@@ -34,13 +36,18 @@ def _missing_hardware(marker: str) -> str | None:
         return "needs a CUDA GPU; torch.cuda.is_available() is False"
     if marker == "hopper" and torch.cuda.get_device_capability() != (9, 0):
         return f"needs a Hopper GPU; this is {torch.cuda.get_device_name()}"
+    if marker == "flash4":
+        try:
+            flash4_package.versions()
+        except RuntimeError as error:
+            return str(error)
     return None
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip what this machine's hardware cannot run, with the reason."""
-    for marker in ("gpu", "hopper", "nvcc"):
-        reason = _missing_hardware(marker)
+    """Skip what this machine cannot run, with the reason."""
+    for marker in ("gpu", "hopper", "flash4", "nvcc"):
+        reason = _missing(marker)
         if reason is None:
             continue
         for item in items:

@@ -55,16 +55,8 @@ def _inputs(
 # On a GPU: the kernels.
 
 
-@pytest.fixture
-def _installed() -> None:
-    try:
-        flash4.require_flash4("cuda")
-    except RuntimeError as error:
-        pytest.skip(str(error))
-
-
 @pytest.mark.hopper
-@pytest.mark.usefixtures("_installed")
+@pytest.mark.flash4
 @pytest.mark.parametrize("length", [1, 127, 128, 500, 2048])
 @pytest.mark.parametrize("heads", [(8, 4), (4, 4)])
 def test_flash4_equals_the_definition(length: int, heads: tuple[int, int]) -> None:
@@ -94,7 +86,7 @@ def _heads_then_attention(
 
 
 @pytest.mark.hopper
-@pytest.mark.usefixtures("_installed")
+@pytest.mark.flash4
 @pytest.mark.parametrize("embed", [False, True])
 @pytest.mark.parametrize(
     ("length", "heads"),
@@ -141,7 +133,7 @@ def _of_one_layer(length: int, heads: tuple[int, int]) -> tuple[Any, ...]:
 
 
 @pytest.mark.hopper
-@pytest.mark.usefixtures("_installed")
+@pytest.mark.flash4
 @pytest.mark.parametrize("length", [2, 100, 128, 500])
 def test_the_rows_numbers_are_the_packages(length: int) -> None:
     """XSA's backward pass writes what the package's kernel before the main one writes.
@@ -167,7 +159,7 @@ def test_the_rows_numbers_are_the_packages(length: int) -> None:
 
 
 @pytest.mark.hopper
-@pytest.mark.usefixtures("_installed")
+@pytest.mark.flash4
 @pytest.mark.parametrize("length", [1, 100, 128, 500])
 def test_the_sums_lie_where_the_package_reads_them(length: int) -> None:
     """The package's kernel after the main one makes of sums in our order what they stand for."""
@@ -182,7 +174,7 @@ def test_the_sums_lie_where_the_package_reads_them(length: int) -> None:
 
 
 @pytest.mark.hopper
-@pytest.mark.usefixtures("_installed")
+@pytest.mark.flash4
 @pytest.mark.parametrize("length", [1, 100, 500, 2048])
 def test_the_main_kernel_alone_equals_the_package(length: int) -> None:
     """dK and dV, which no order of adding reaches, to the bit; dQ up to that order's rounding.
@@ -241,7 +233,7 @@ def test_the_head_pass_reads_the_sums(length: int) -> None:
 
 
 @pytest.mark.hopper
-@pytest.mark.usefixtures("_installed")
+@pytest.mark.flash4
 @pytest.mark.parametrize("length", [100, 500, 2048])
 def test_handed_over_gradients_equal_those_through_the_package(length: int) -> None:
     """Against float64 the joint gradient errs at most as much as through the helper kernels.
@@ -268,7 +260,7 @@ def test_handed_over_gradients_equal_those_through_the_package(length: int) -> N
 
 
 @pytest.mark.hopper
-@pytest.mark.usefixtures("_installed")
+@pytest.mark.flash4
 def test_the_package_reads_a_member_of_each_group_in_place() -> None:
     """It copies what it cannot read as it lies: not every second head, nor its row sums."""
     (q, _, _), _ = _inputs(2, 512, (8, 4), 64, "cuda")
@@ -279,7 +271,7 @@ def test_the_package_reads_a_member_of_each_group_in_place() -> None:
 
 
 @pytest.mark.hopper
-@pytest.mark.usefixtures("_installed")
+@pytest.mark.flash4
 def test_flash4_is_opaque_to_the_compiler() -> None:
     """A compiled model without graph breaks has the loss and gradients of the eager one."""
     config = ModelConfig(layers=2, value_embed_layers=(1,), width=256, query_heads=4, kv_heads=2)

@@ -33,16 +33,8 @@ def _heads(batch: int, length: int, heads: tuple[int, int], device: str) -> list
 # On a GPU: the kernel.
 
 
-@pytest.fixture
-def _installed() -> None:
-    try:
-        flash4.require_flash4("cuda")
-    except RuntimeError as error:
-        pytest.skip(str(error))
-
-
 @pytest.mark.hopper
-@pytest.mark.usefixtures("_installed")
+@pytest.mark.flash4
 @pytest.mark.parametrize("length", [1, 2, 127, 128, 193, 500, 2048])
 @pytest.mark.parametrize("heads", [(8, 4), (4, 4), (6, 2)])
 def test_xsa_in_the_epilogue_meets_the_budget(length: int, heads: tuple[int, int]) -> None:
@@ -71,7 +63,7 @@ def test_xsa_in_the_epilogue_meets_the_budget(length: int, heads: tuple[int, int
 
 
 @pytest.mark.hopper
-@pytest.mark.usefixtures("_installed")
+@pytest.mark.flash4
 def test_xsa_in_the_epilogue_repeats_and_keeps_to_its_stream() -> None:
     """The same call gives the same bits, also on a stream that must wait for its arguments."""
     q, k, v = _heads(2, 500, (8, 4), "cuda")

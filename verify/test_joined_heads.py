@@ -454,16 +454,8 @@ def test_operator_runs_on_the_current_stream() -> None:
     assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
 
 
-@pytest.fixture
-def _installed() -> None:
-    try:
-        flash4.require_flash4("cuda")
-    except RuntimeError as error:
-        pytest.skip(str(error))
-
-
 @pytest.mark.hopper
-@pytest.mark.usefixtures("_installed")
+@pytest.mark.flash4
 @pytest.mark.parametrize("embed", [False, True])
 @pytest.mark.parametrize(
     ("length", "heads"), [(127, (8, 4)), (128, (8, 4)), (2048, (8, 4)), (500, (4, 4))]

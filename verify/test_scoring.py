@@ -19,7 +19,6 @@ from torch._dynamo.testing import CompileCounter
 
 from bench import pipeline_cases, scoring_ratio
 from bench.scale import Scale
-from kernels.flash4 import require_flash4
 from trainer import adapt, evaluate, scoring, statistics
 from trainer.causality import probe
 from trainer.config import AttentionBackend, EvalConfig, ModelConfig, PassesBackend, SlotMode
@@ -507,17 +506,12 @@ HOPPER = ModelConfig(
 
 @pytest.mark.hopper
 @pytest.mark.parametrize("passes", ["reference", "triton", "epilogue"])
-@pytest.mark.parametrize("attention", ["cudnn", "flash4"])
+@pytest.mark.parametrize("attention", ["cudnn", pytest.param("flash4", marks=pytest.mark.flash4)])
 @pytest.mark.parametrize("mode", ["off", "context"])
 def test_replayed_scores_of_the_fused_model(
     mode: SlotMode, attention: AttentionBackend, passes: PassesBackend
 ) -> None:
     """With the record's kernels a graph gives the program's nats to the bit, within the budget."""
-    if attention == "flash4":
-        try:
-            require_flash4("cuda")
-        except RuntimeError as error:
-            pytest.skip(str(error))
     config = EvalConfig(stride=32, batch_windows=4, slot_lr=0.05, slot_eps=0.1)
     tokens = np.random.default_rng(0).integers(0, HOPPER.vocab_size, 900).astype(np.uint16)
     exact = random_model(HOPPER).cuda()
