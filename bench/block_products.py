@@ -105,7 +105,7 @@ def cases(arguments: Arguments) -> dict[str, Case]:
     lse = torch.zeros(m // window, shape.query_heads, window, device="cuda")
     y_BTHK = x.view(*lse.mT.shape, -1)
     rest, own = reference.exclude_self_parts(y_BTHK, value)
-    attended = (rest.flatten(0, 1).flatten(1), own, joint, shape.query_heads, window, window)
+    attended = (rest.flatten(0, 1).flatten(1), own, joint)
     heads = (torch.full((shape.query_heads,), 1.5, device="cuda"), shape.kv_heads, cos, sin)
     return {
         "joint projection": Case(

@@ -188,10 +188,7 @@ def check_factors(name: str, factors_M: Tensor, rows: Tensor) -> None:
 
 
 def check_beside(name: str, tensor: Tensor, rows: Tensor) -> None:
-    """On the device of `rows`, contiguous, and aligned to 16 bytes, as bulk copies ask.
-
-    Raises ValueError.
-    """
+    """On the device of `rows`, contiguous, and aligned to 16 bytes. Raises ValueError."""
     if tensor.device != rows.device:
         raise ValueError(f"{name} is on {tensor.device}, its rows on {rows.device}")
     if not tensor.is_contiguous():

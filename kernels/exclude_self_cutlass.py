@@ -24,9 +24,6 @@ def check_exclude_self_gradient(
     rest_MN: Tensor,
     own_BHL: Tensor,
     heads_MW: Tensor,
-    query_heads: int,
-    window: int,
-    padded: int,
 ) -> None:
     """Arguments of `exclude_self_gradient`.
 
@@ -34,7 +31,9 @@ def check_exclude_self_gradient(
         ValueError: one does not fit; the message names the first.
     """
     checks.check_matrices(go=go_MD, w=w_DN, rest=rest_MN, heads=heads_MW)
-    m, d = go_MD.shape
+    if own_BHL.ndim != 3 or own_BHL.dtype != torch.float32:
+        raise ValueError(f"own must be float32 [B, H, L], not {own_BHL.dtype} {own_BHL.shape}")
+    (m, d), (windows, query_heads, padded) = go_MD.shape, own_BHL.shape
     if query_heads < 1 or query_heads % MEMBERS:
         raise ValueError(
             f"{query_heads} query heads do not make groups of {MEMBERS}, which the product with "
@@ -44,14 +43,9 @@ def check_exclude_self_gradient(
     checks.check_shape("w [D, N]", w_DN, d, n)
     checks.check_shape("rest [M, N]", rest_MN, m, n)
     checks.check_shape("heads [M, W]", heads_MW, m, n + 2 * (n // MEMBERS))
-    if window < 1 or m % window:
-        raise ValueError(f"{m} rows are not whole windows of {window}")
-    if padded < window:
-        raise ValueError(f"{padded} padded positions are fewer than the {window} of a window")
-    checks.check_float32("own [B, H, L]", own_BHL, m // window, query_heads, padded)
+    if windows < 1 or m % windows or m > windows * padded:
+        raise ValueError(f"{m} rows are not {windows} windows of at most {padded}, as own has them")
     checks.check_beside("own", own_BHL, go_MD)
-    if own_BHL.numel() >= 2**31:
-        raise ValueError(f"own {tuple(own_BHL.shape)} has more numbers than 32 bits can count")
 
 
 def run_exclude_self_gradient(
@@ -60,9 +54,6 @@ def run_exclude_self_gradient(
     rest_MN: Tensor,
     own_BHL: Tensor,
     heads_MW: Tensor,
-    query_heads: int,
-    window: int,
-    padded: int,
     plan: Plan,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`exclude_self_gradient` with an explicit plan; for measurements and checks of every variant.
@@ -71,13 +62,12 @@ def run_exclude_self_gradient(
         ValueError: an argument does not fit, or the plan names no `exclude_self` variant.
         RuntimeError: no Hopper GPU, the library is missing, or the launch failed.
     """
-    check_exclude_self_gradient(
-        go_MD, w_DN, rest_MN, own_BHL, heads_MW, query_heads, window, padded
-    )
+    check_exclude_self_gradient(go_MD, w_DN, rest_MN, own_BHL, heads_MW)
     cutlass.check_plan(plan, "exclude_self")
     checks.require_hopper(go_MD)
     dy_MN, dv_MV, sums_BHL = _results(rest_MN, own_BHL)
-    if padded > window:
+    windows, query_heads, padded = own_BHL.shape
+    if padded > (window := len(go_MD) // windows):
         sums_BHL.zero_()
     tensors = (go_MD, w_DN, rest_MN, own_BHL, heads_MW, dy_MN, dv_MV, sums_BHL)
     cutlass.launch(plan, tensors, (*go_MD.shape, window, query_heads, padded))
@@ -98,9 +88,6 @@ def exclude_self_gradient(
     rest_MN: Tensor,
     own_BHL: Tensor,
     heads_MW: Tensor,
-    query_heads: int,
-    window: int,
-    padded: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """XSA's backward pass of go @ w; meaning: `kernels.reference.exclude_self_gradient`.
 
@@ -108,11 +95,8 @@ def exclude_self_gradient(
         go_MD: bfloat16, contiguous; gradient at the out-projection's result.
         w_DN: bfloat16, contiguous; its weights.
         rest_MN: bfloat16, contiguous; XSA's result, y - own v of attention's output y.
-        own_BHL: float32, contiguous; of each row and head (y . v) / |v|^2. Not read past T.
-        heads_MW: bfloat16, contiguous; query, key and value heads side by side.
-        query_heads: H, twice the key/value heads.
-        window: T; row m is at position m % T.
-        padded: L, at least T.
+        own_BHL: float32, contiguous; of each row and head (y . v) / |v|^2. Not read past T = M/B.
+        heads_MW: bfloat16, contiguous; query, key and value heads side by side, H twice G.
 
     Returns:
         Gradients at y, bfloat16 [M, N], and at the values, bfloat16 [M, V]; and y times its
@@ -122,9 +106,7 @@ def exclude_self_gradient(
         ValueError: an argument does not fit; the message names it.
         RuntimeError: no Hopper GPU, the library is missing, or the launch failed.
     """
-    return run_exclude_self_gradient(
-        go_MD, w_DN, rest_MN, own_BHL, heads_MW, query_heads, window, padded, EXCLUDE_SELF_PLAN
-    )
+    return run_exclude_self_gradient(go_MD, w_DN, rest_MN, own_BHL, heads_MW, EXCLUDE_SELF_PLAN)
 
 
 @exclude_self_gradient.register_fake
@@ -134,8 +116,5 @@ def _(
     rest_MN: Tensor,
     own_BHL: Tensor,
     heads_MW: Tensor,
-    query_heads: int,
-    window: int,
-    padded: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     return _results(rest_MN, own_BHL)

@@ -90,6 +90,8 @@ def check_heads(**tensors: Tensor) -> None:
             )
         if (reason := misfit(tensor)) is not None:
             raise ValueError(f"{name} {reason}")
+    if len({tuple(tensors[name].shape) for name in ("k", "v")}) > 1:
+        raise ValueError("k and v must have the same heads")
 
 
 @torch.library.custom_op("fairway::flash_attention", mutates_args=())

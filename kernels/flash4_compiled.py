@@ -12,7 +12,7 @@ K head size.
 import hashlib
 import importlib
 import os
-import shutil
+import shlex
 import subprocess
 import tempfile
 import warnings
@@ -34,6 +34,8 @@ HEAD_SIZE = 64
 TILE = 128
 """Positions of a tile of the backward pass, for heads of that size."""
 
+SOURCES = tuple(Path(__file__).with_name(f"flash4_{name}.py") for name in ("compiled", "epilogue"))
+"""What decides, beside the packages, what the kernels compile to."""
 EXPORTED = "fairway"
 """Name of the function in a library."""
 LIBRARIES = {
@@ -54,7 +56,7 @@ def forward_kernel(
         rest, lse2, own: written; as `kernels.flash4.flash_attention_exclude_self` returns them.
 
     Raises:
-        RuntimeError: the package or a C compiler is missing, or the kernel did not compile.
+        RuntimeError: the package or a C compiler is missing, or there is no place for the kernel.
     """
     kernel = _kernel("forward", q.shape[2] // k.shape[2])
     aux = ((v, own), None)
@@ -86,19 +88,33 @@ def _kernel(kind: str, members: int) -> Callable[..., None]:
         with tempfile.TemporaryDirectory() as folder:
             return _load(_built(kind, members, Path(folder) / f"{kind}.so"))
     folder = Path(os.environ.get(CACHE_FOLDER) or CACHE.with_name("flash4"))
-    folder.mkdir(parents=True, exist_ok=True)
     library = folder / f"fairway_{kind}_{members}_{_digest()}.so"
-    with FileLock(library.with_suffix(".lock")):
-        try:
-            return _load(library)
-        except OSError:  # not there, or what it was linked with has moved
-            return _load(_built(kind, members, library))
+    try:
+        return _load(library)
+    except OSError:  # not there, or what it was linked with has moved
+        return _kept(kind, members, library)
+
+
+def _kept(kind: str, members: int, library: Path) -> Callable[..., None]:
+    """The kernel, made unless another process has just done so. Raises RuntimeError."""
+    try:
+        library.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(library.with_suffix(".lock")):
+            try:
+                return _load(library)
+            except OSError:
+                return _load(_built(kind, members, library))
+    except OSError as error:
+        raise RuntimeError(
+            f"attention 'flash4' cannot keep its kernels in {library.parent} ({error}): let "
+            f"{CACHE_FOLDER} name a folder for them, or set {CACHE_SWITCH}=0"
+        ) from error
 
 
 def _digest() -> str:
     """Hash of all that decides what the kernels compile to."""
     digest = hashlib.sha256()
-    for path in (Path(__file__), Path(__file__).with_name("flash4_epilogue.py")):
+    for path in SOURCES:
         digest.update(path.read_bytes())
     for item in versions().items():
         digest.update("=".join(item).encode())
@@ -117,7 +133,7 @@ def _load(library: Path) -> Callable[..., None]:
 
 def _built(kind: str, members: int, library: Path) -> Path:
     """Compile and link a kernel into `library`. Raises RuntimeError."""
-    compiled = {"forward": _compiled_forward, "backward": _compiled_backward}[kind](members)
+    compiled = _compiled_forward(members) if kind == "forward" else _compiled_backward()
     with tempfile.TemporaryDirectory(dir=library.parent) as folder:
         made = [Path(folder) / f"{kind}.{suffix}" for suffix in ("o", "so")]
         compiled.export_to_c(object_file_path=str(made[0]), function_name=EXPORTED)
@@ -128,25 +144,24 @@ def _built(kind: str, members: int, library: Path) -> Path:
 
 def _link(object_file: Path, library: Path) -> None:
     """A shared library of an object file. Raises RuntimeError."""
-    compiler = os.environ.get("CC") or shutil.which("cc") or shutil.which("gcc")
-    if compiler is None:
-        raise RuntimeError(
-            "attention 'flash4' links its kernels with a C compiler: install gcc or set CC"
-        )
+    compiler = os.environ.get("CC") or "cc"
     needed = [_inside(package) / path for package, path in LIBRARIES.items()]
     paths = [f"-Wl,-rpath,{path.parent}" for path in needed]
-    command = [compiler, "-shared", "-o", library, object_file, *needed, *paths]
-    result = subprocess.run(command, capture_output=True, text=True, check=False)
-    if result.returncode:
-        raise RuntimeError(f"attention 'flash4': {compiler} failed:\n{result.stderr[-2000:]}")
+    command = [*shlex.split(compiler), "-shared", "-o", library, object_file, *needed, *paths]
+    try:
+        subprocess.run(command, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError) as error:
+        raise RuntimeError(
+            "attention 'flash4' links its kernels with a C compiler: install gcc or set CC "
+            f"({error})\n{getattr(error, 'stderr', '')[-2000:]}"
+        ) from error
 
 
 def _inside(package: str) -> Path:
-    """Folder of an installed package, which is not imported. Raises RuntimeError."""
+    """Folder of an installed package, which is not imported."""
     found = find_spec(package)
-    if found is None or not found.submodule_search_locations:
-        raise RuntimeError(f"attention 'flash4' needs {package}, which came with flash-attn-4")
-    return Path(found.submodule_search_locations[0])
+    assert found is not None, f"{package} comes with flash-attn-4"
+    return Path(next(iter(found.submodule_search_locations or ())))
 
 
 def _compiled_forward(members: int) -> Any:
@@ -176,8 +191,8 @@ def _compiled_forward(members: int) -> Any:
     return _compiled(package, kernel, (q, k, v, rest, lse2), package.AuxData([v, own], None))
 
 
-def _compiled_backward(members: int) -> Any:
-    """The kernel as the package sets it up for causal attention on Hopper."""
+def _compiled_backward() -> Any:
+    """The kernel as the package sets it up for causal attention on Hopper, a key head each."""
     package = interface()
     chosen = package._tile_size_bwd_sm90(HEAD_SIZE, HEAD_SIZE, True, False)
     assert (chosen.m_block_size, chosen.n_block_size, chosen.AtomLayoutMdQ) == (TILE, TILE, 2)
@@ -185,7 +200,7 @@ def _compiled_backward(members: int) -> Any:
         package.torch2cute_dtype_map[torch.bfloat16],
         HEAD_SIZE,
         HEAD_SIZE,
-        members,
+        1,
         True,
         is_local=False,
         deterministic=False,

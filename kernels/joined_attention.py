@@ -168,14 +168,13 @@ def _heads_backward(
         heads_MW: the finished heads.
         kv_heads: G.
     """
-    windows, window, query_heads, _ = rest.shape
+    windows, _, query_heads, _ = rest.shape
     q, k, v = views(heads_MW, windows, kv_heads, query_heads)
     if query_heads != MEMBERS * kv_heads:
         grad = (go_MD @ w_out_DN).view_as(rest)
         return heads_flash4.attention_backward(grad, q, k, v, first, second)
-    rest_MN = rest.flatten(0, 1).flatten(1)
     d_out_MN, dv_own_MV, row_sums = exclude_self_cutlass.exclude_self_gradient(
-        go_MD, w_out_DN, rest_MN, first, heads_MW, query_heads, window, flash4.padded(window)
+        go_MD, w_out_DN, rest.flatten(0, 1).flatten(1), first, heads_MW
     )
     d_heads = flash4.flash_attention_backward_sums(
         d_out_MN.view_as(rest), q, k, v, row_sums, second

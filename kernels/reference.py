@@ -363,9 +363,6 @@ def exclude_self_gradient(
     rest_MN: Tensor,
     own_BHL: Tensor,
     heads_MW: Tensor,
-    query_heads: int,
-    window: int,
-    padded: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of `exclude_self` where a projection reads its result.
 
@@ -377,18 +374,16 @@ def exclude_self_gradient(
         go_MD: gradient at the projection's result.
         w_DN: its weights, N = H K.
         rest_MN: XSA's result, what the projection read.
-        own_BHL: as `exclude_self_parts` gives it, with L positions; y = rest + own v.
+        own_BHL: as `exclude_self_parts` gives it, with L >= T positions, M = B T; y = rest + own v.
         heads_MW: query, key and value heads side by side, of which the values are read.
-        query_heads: H.
-        window: T, M = B T.
-        padded: L, at least T.
 
     Returns:
         Gradients at y, [M, N], and at the values, [M, G K]; and of every row and head the sum of y
         times its gradient, [B, H, L], 0 past T, which flash attention's backward pass asks for.
     """
     exact = torch.promote_types(go_MD.dtype, torch.float32)
-    size = rest_MN.shape[1] // query_heads
+    windows, query_heads, padded = own_BHL.shape
+    window, size = len(go_MD) // windows, rest_MN.shape[1] // query_heads
     kv_heads = (heads_MW.shape[1] // size - query_heads) // 2
     g, rest = (t.to(exact).unflatten(1, (kv_heads, -1, size)) for t in (go_MD @ w_DN, rest_MN))
     own_MH = own_BHL[..., :window].transpose(1, 2).flatten(0, 1)

@@ -275,6 +275,7 @@ def test_bad_arguments_of_linear_add_are_named(arguments: Any, words: str) -> No
         (_vector(4, dtype=BF16), "scale must be float32"),
         (_vector(4, device="cuda:1"), "scale is on cuda:1, its rows on cuda:0"),
         (_vector(4, contiguous=False), "scale must be contiguous"),
+        (_vector(4, pointer=8), "scale must begin at a multiple of 16 bytes"),
     ],
 )
 def test_bad_factors_are_named(scale: Any, words: str) -> None:

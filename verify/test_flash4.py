@@ -461,6 +461,15 @@ def test_heads_and_attention_join(heads: tuple[str, str], embed: str) -> None:
 # What is missing is named.
 
 
+def test_keys_and_values_must_have_the_same_heads(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A kernel would read values past the last."""
+    monkeypatch.setattr(torch.Tensor, "is_cuda", True)
+    q, k, v = (torch.zeros(1, 3, heads, 64, dtype=BF16) for heads in (4, 2, 1))
+    flash4.check_heads(q=q, k=k, v=k)
+    with pytest.raises(ValueError, match="k and v must have the same heads"):
+        flash4.check_heads(q=q, k=k, v=v)
+
+
 def test_heads_and_rows_that_do_not_fit_are_named() -> None:
     """Between the fused passes heads have one size, and rows' numbers whole tiles."""
     with pytest.raises(ValueError, match="heads of 64, not 32"):

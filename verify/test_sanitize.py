@@ -1,4 +1,4 @@
-"""Claims about the run that compute-sanitizer watches: it leaves no fused kernel out."""
+"""Claims about the run that compute-sanitizer watches: it leaves no kernel out but flash4's."""
 
 import pytest
 

@@ -64,14 +64,6 @@ struct ExcludeSelfArguments {
   int query_heads;             // H
   int padded;                  // L, at least T
 
-  // How many rows from `first` on the load warp can bring: of one window, in whole vectors.
-  CUTLASS_DEVICE int staged(int first, int rows) const {
-    constexpr int kVector = 16 / sizeof(float);
-    int const position = first - window.div(first) * window.divisor;
-    bool const aligned = position % kVector == 0 && padded % kVector == 0;
-    return aligned ? cute::min(rows, window.divisor - position) / kVector * kVector : 0;
-  }
-
   // Where a row's number of a head lies in [B, H, L].
   CUTLASS_DEVICE int place(int row, int head) const {
     int const in = window.div(row);
@@ -88,57 +80,22 @@ struct ExcludeSelf : Node<ExcludeSelfArguments> {
   using Pair = cutlass::Array<Element, 2>;
   static_assert(Head::kColumns == kHeadSize, "a piece holds one head");
   static_assert(cute::size<1>(typename V::Tile{}) == kMembers * kHeadSize, "a tile is a group");
-  static constexpr int kRowsOfTile = cute::size<0>(typename V::Tile{});
-
-  struct SharedStorage {
-    alignas(16) float own[kMembers][kRowsOfTile];
-  };
-  using Staged = decltype(SharedStorage::own);
-
-  CUTLASS_HOST_DEVICE ExcludeSelf() {}
-  CUTLASS_HOST_DEVICE ExcludeSelf(ExcludeSelfArguments const& params_, SharedStorage const& storage)
-      : Node<ExcludeSelfArguments>(params_, {}), staged(const_cast<Staged*>(&storage.own)) {}
-
-  template <class... Args>
-  CUTLASS_DEVICE auto get_producer_load_callbacks(
-      fusion::detail::ProducerLoadArgs<Args...> const& args) {
-    auto [M, N, K, L] = args.problem_shape_mnkl;
-    auto [m, n, k, l] = args.tile_coord_mnkl;
-    int const first = int(m) * kRowsOfTile, head = int(n) * kMembers;
-    int const rows = cute::min(int(M) - first, int(kRowsOfTile));
-    bool const inside = head < this->params.query_heads && rows > 0;
-    WithFirstPiece<V, kMembers> callbacks;
-    callbacks.bytes = inside ? this->params.staged(first, rows) * int(sizeof(float)) : 0;
-    int const place = this->params.place(first, head);
-    CUTLASS_PRAGMA_UNROLL
-    for (int i = 0; i < kMembers; ++i) {
-      callbacks.from[i] = this->params.own + place + i * this->params.padded;
-      callbacks.to[i] = (*staged)[i];
-    }
-    return callbacks;
-  }
-
-  Staged* staged;
 
   struct ConsumerStoreCallbacks : fusion::detail::EmptyConsumerStoreCallbacks {
     ExcludeSelfArguments const& params;
-    Staged const& staged;
-    int brought;                     // rows of the tile that are staged
     int rows;                        // M, or 0 past the last head: clusters and bands reach there
     int row;                         // this thread's first
     int column;                      // likewise
     int places[Head::kTileRows];     // in [B, H, L], of the first head; -1 past the last row
-    float own[kMembers][Head::kTileRows];
+    float own[Head::kRows];          // of a piece's rows
     float inverse[Head::kTileRows];  // of the squared length of a row's value
     float slack[Head::kTileRows];    // where that is shorter than kSmallestNorm, else 0
     // Terms of dv of a group's first head, and rounded: in float32 they would spill.
     Pair first[Head::kPiecesM][Head::kValues / 2];
 
-    CUTLASS_DEVICE ConsumerStoreCallbacks(ExcludeSelfArguments const& params_,
-                                          Staged const& staged_, int brought_, int rows_, int row_,
+    CUTLASS_DEVICE ConsumerStoreCallbacks(ExcludeSelfArguments const& params_, int rows_, int row_,
                                           int column_)
-        : params(params_), staged(staged_), brought(brought_), rows(rows_), row(row_),
-          column(column_) {}
+        : params(params_), rows(rows_), row(row_), column(column_) {}
 
     CUTLASS_DEVICE static constexpr int tile_row(int epi_m, int half) {
       return epi_m * Head::kRows + half;
@@ -152,18 +109,12 @@ struct ExcludeSelf : Node<ExcludeSelfArguments> {
       }
     }
 
-    CUTLASS_DEVICE void previsit(int epi_m, int epi_n, int, bool) {
-      if (epi_m != 0 || epi_n != 0) {
-        return;
-      }
+    // Ahead of the wait for a piece of rest.
+    CUTLASS_DEVICE void begin_loop(int epi_m, int epi_n) {
       CUTLASS_PRAGMA_UNROLL
-      for (int i = 0; i < kMembers * Head::kTileRows; ++i) {
-        int const head = i % kMembers, of_tile = i / kMembers, place = places[of_tile];
-        int const at = row + Head::row_at(of_tile / Head::kRows, of_tile % Head::kRows);
-        // Rows of a next window, and the last few, are read where they lie.
-        own[head][of_tile] = at % kRowsOfTile < brought ? staged[head][at % kRowsOfTile]
-                             : place >= 0 ? __ldg(params.own + place + head * params.padded)
-                                          : 0.f;
+      for (int half = 0; half < Head::kRows; ++half) {
+        int const at = places[tile_row(epi_m, half)];
+        own[half] = at >= 0 ? __ldg(params.own + at + epi_n * params.padded) : 0.f;
       }
     }
 
@@ -185,7 +136,7 @@ struct ExcludeSelf : Node<ExcludeSelfArguments> {
                                   int half) {
       static_assert(N == Head::kValues, "a fragment holds this thread's share of a head");
       int const of_tile = tile_row(epi_m, half);
-      float const share = own[epi_n][of_tile];
+      float const share = own[half];
       float vv = 0, gv = 0;
       CUTLASS_PRAGMA_UNROLL
       for (int i = 0; i < N; ++i) {
@@ -271,11 +222,7 @@ struct ExcludeSelf : Node<ExcludeSelfArguments> {
     static_assert(Head::as_expected(decltype(args.tCcD.layout()){}), "another order of elements");
     auto [M, N, K, L] = args.problem_shape_mnkl;
     int const column = int(N) - int(cute::get<1>(args.residue_tCcD));
-    int const rows = column < int(N) ? int(M) : 0;
-    int const first = int(cute::get<0>(args.tile_coord_mnkl)) * kRowsOfTile;
-    int const in_tile = cute::min(rows - first, int(kRowsOfTile));
-    int const brought = in_tile > 0 ? this->params.staged(first, in_tile) : 0;
-    return ConsumerStoreCallbacks(this->params, *staged, brought, rows,
+    return ConsumerStoreCallbacks(this->params, column < int(N) ? int(M) : 0,
                                   int(M) - int(cute::get<0>(args.residue_tCcD)), column);
   }
 };

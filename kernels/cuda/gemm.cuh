@@ -64,13 +64,14 @@ struct Variant {
   static constexpr int kLoads = kLoads_;
 };
 
+// Epilogue pieces of a tile.
+template <class V>
+constexpr int kPiecesOf =
+    cute::size(cute::shape_div(cute::take<0, 2>(typename V::Tile{}), typename V::EpilogueTile{}));
+
 // Buffers for pieces of C, or of a matrix beside it.
 template <class V, class ElementC>
-constexpr int kLoadsOf = [] {
-  constexpr int kPieces =
-      cute::size(cute::shape_div(cute::take<0, 2>(typename V::Tile{}), typename V::EpilogueTile{}));
-  return cute::is_void_v<ElementC> ? cute::min(kPieces, 4) : V::kLoads;
-}();
+constexpr int kLoadsOf = cute::is_void_v<ElementC> ? cute::min(kPiecesOf<V>, 4) : V::kLoads;
 
 // A GEMM whose epilogue is the visitor tree `Tree`; ElementC is void when the tree loads no C.
 template <class V, class LayoutB, class ElementC, class Tree>
@@ -78,15 +79,13 @@ struct FusedGemm {
   // CUTLASS's own choice is two store buffers, each store held back by one piece. Here stores are
   // issued at once and buffers are parameters (kernels/NOTES.md), so the policy is spelt out.
   static constexpr bool kReuseC = !cute::is_void_v<ElementC>;  // D overwrites C's shared memory
-  static constexpr int kPieces =
-      cute::size(cute::shape_div(cute::take<0, 2>(typename V::Tile{}), typename V::EpilogueTile{}));
   static constexpr int kFragment =
       cute::size(typename V::EpilogueTile{}) / V::Schedule::kThreads;
   static constexpr int kLoads = kLoadsOf<V, ElementC>;
   static_assert(!kReuseC || kLoads > V::kStores, "a piece is free again a store later");
   using Policy = cutlass::epilogue::Sm90TmaWarpSpecialized<kLoads, V::kStores, kFragment, kReuseC,
                                                            /*DelayTmaStore=*/false>;
-  static_assert(V::kStores <= kPieces, "more store buffers than pieces of a tile");
+  static_assert(V::kStores <= kPiecesOf<V>, "more store buffers than pieces of a tile");
   using CollectiveEpilogue = typename cutlass::epilogue::collective::detail::Sm90TmaBuilderImpl<
       typename V::Tile, typename V::EpilogueTile, float, float, ElementC, RowMajor, kAlignment,
       Element, RowMajor, kAlignment, Tree, Policy>::CollectiveOp;

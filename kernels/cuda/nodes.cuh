@@ -7,7 +7,7 @@
 
 namespace fairway {
 
-// What the nodes here have in common: no shared memory, no workspace, nothing for the load warp.
+// What the nodes here have in common: by default no shared memory and nothing for the load warp.
 template <class Arguments_>
 struct Node {
   struct SharedStorage {};
@@ -94,32 +94,25 @@ struct PieceFragment {
   }
 };
 
-// Brings runs of `bytes` for a whole tile to shared memory, with the tile's first piece of C: whoever
-// waits for that finds them there. One buffer will do for what is read with that piece: the load warp
-// meets the next tile's first piece only once this one's place is free again.
-template <class V, int kRuns = 1>
+// Brings `bytes` for a whole tile to shared memory, with the tile's first piece of C: whoever waits
+// for that finds them there. One buffer will do, for what is brought is read with that piece, and the
+// load warp meets the next tile's first piece only once this one's place is free again.
+template <class V>
 struct WithFirstPiece : fusion::detail::EmptyProducerLoadCallbacks {
-  static constexpr int kPieces =
-      cute::size(typename V::Tile{}) / cute::size(typename V::EpilogueTile{});
-  static_assert(V::kLoads <= kPieces, "the load warp would be a tile ahead");
-  void const* from[kRuns];
+  static_assert(V::kLoads <= kPiecesOf<V>, "the load warp would be a tile ahead");
+  void const* from;
   int bytes;  // a multiple of 16; nothing if not positive
-  void* to[kRuns];
+  void* to;
+
+  CUTLASS_DEVICE WithFirstPiece(void const* from_, int bytes_, void* to_)
+      : from(from_), bytes(bytes_), to(to_) {}
 
   CUTLASS_DEVICE void step(uint64_t* barrier, int epi_m, int epi_n, int, bool issue) {
     if (epi_m == 0 && epi_n == 0 && issue && bytes > 0) {
-      cutlass::arch::ClusterTransactionBarrier::expect_transaction(barrier, kRuns * bytes);
-      CUTLASS_PRAGMA_UNROLL
-      for (int i = 0; i < kRuns; ++i) {
-        cute::SM90_BULK_COPY_G2S::copy(from[i], barrier, to[i], bytes);
-      }
+      cutlass::arch::ClusterTransactionBarrier::expect_transaction(barrier, bytes);
+      cute::SM90_BULK_COPY_G2S::copy(from, barrier, to, bytes);
     }
   }
-};
-
-template <class V>
-struct RowsStorage {
-  alignas(16) float factors[cute::size<0>(typename V::Tile{})];
 };
 
 struct RowsArguments {
@@ -130,10 +123,12 @@ struct RowsArguments {
 // start of a tile: for trees with a load warp.
 template <class V>
 struct RowFactorStaged : Node<RowsArguments> {
-  using SharedStorage = RowsStorage<V>;
   using Piece = PieceFragment<V>;
   static constexpr int kRows = cute::size<0>(typename V::Tile{});
   static constexpr int kVector = 16 / sizeof(float);
+  struct SharedStorage {
+    alignas(16) float factors[kRows];
+  };
 
   CUTLASS_HOST_DEVICE RowFactorStaged() {}
   CUTLASS_HOST_DEVICE RowFactorStaged(RowsArguments const& params_, SharedStorage const& storage)
@@ -145,7 +140,7 @@ struct RowFactorStaged : Node<RowsArguments> {
     int const first = int(cute::get<0>(args.tile_coord_mnkl)) * kRows;
     int const rows = cute::min(int(cute::get<0>(args.problem_shape_mnkl)) - first, int(kRows));
     int const bytes = rows / kVector * kVector * int(sizeof(float));
-    return WithFirstPiece<V>{{}, {this->params.factors + first}, bytes, {staged}};
+    return WithFirstPiece<V>(this->params.factors + first, bytes, staged);
   }
 
   struct ConsumerStoreCallbacks : fusion::detail::EmptyConsumerStoreCallbacks {
@@ -411,7 +406,7 @@ struct ActivationBackward : Node<ActivationBackwardArguments> {
     int64_t const tile = Signs<V>::tile(args);
     constexpr int kBytes = sizeof(SharedStorage);
     uint4 const* const from = this->params.signs + tile * Signs<V>::kThreads;
-    return WithFirstPiece<V>{{}, {from}, tile < 0 ? 0 : kBytes, {staged}};
+    return WithFirstPiece<V>(from, tile < 0 ? 0 : kBytes, staged);
   }
 
   template <class Rows>

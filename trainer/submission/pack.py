@@ -100,7 +100,8 @@ def archive() -> dict[str, str]:
     }
     for path in _device_sources():
         text = path.read_text(encoding="utf-8")
-        packed[path.relative_to(ROOT).as_posix()] = cplusplus.strip(text)
+        bare = cplusplus.without_assertions(text)
+        packed[path.relative_to(ROOT).as_posix()] = cplusplus.strip(bare)
     return packed
 
 
