@@ -13,6 +13,7 @@ _TOKEN = (
     r"|(?:u8|[uUL])?'(?:\\.|[^'\\\n])+'\w*"
     r"|\.?\d(?:[eEpP][-+]|'\w|[\w.])*"  # a number as the preprocessor reads it: 0xE-1 is one
     r'|(?!\w*R")[\w@]+'  # @ stands around what kernels/build.py fills in
+    r"|[<>]\?=?"  # GNU's minimum and maximum, which nvcc still reads
     r"|<=>|->\*|\.\.\.|<<=|>>=|::|->|\.\*|\+\+|--|<<|>>|&&|\|\||##|[-+*/%&|^<>=!]=|<[:%]|[:%]>|%:"
     r"|(?!/[/*])[^\s\w\\\"'])"
 )
@@ -34,30 +35,6 @@ def strip(source: str) -> str:
         text += f" {token}" if apart else token
         last = token
     return text
-
-
-def without_assertions(source: str) -> str:
-    """`source` without its `static_assert` statements, which make no code.
-
-    Raises:
-        ValueError: as `strip`; or a statement that does not end.
-    """
-    kept: list[str] = []
-    depth: int | None = None
-    """Of parentheses in the statement that is being left out, if one is."""
-    for token in tokens(source):
-        if depth is None:
-            if token == "static_assert":
-                depth = 0
-            else:
-                kept.append(token)
-        elif token == ";" and depth == 0:
-            depth = None
-        else:
-            depth += (token == "(") - (token == ")")
-    if depth is not None:
-        raise ValueError("C++ that cannot be stripped: a static_assert without an end")
-    return " ".join(kept)
 
 
 def tokens(source: str) -> list[str]:

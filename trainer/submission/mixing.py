@@ -1,7 +1,7 @@
 """Text from decisions, of which a model that learns on the way needs to be told only surprises.
 
 Packer and packed script share it. A character is a path through a Huffman tree, one decision a
-node. Seven contexts (the last characters, the word so far) each keep the last ten decisions at
+node. Nine contexts (the last characters, the word so far) each keep the last ten decisions at
 every node; what such a history means is learnt, and so is how far to trust which context. Their
 logistic mix gives the probability of the next decision, as in the PAQ programs, and an arithmetic
 decoder makes text of it. Integers, IEEE sums and products alone decide, so that every machine
@@ -17,7 +17,7 @@ from decimal import Decimal
 
 ONE = 1 << 16
 """A probability of one."""
-LAST = 1, 2, 3, 5, 9
+LAST = 1, 2, 3, 4, 6, 9, 16
 """How many of the last characters are a context."""
 CONTEXTS = len(LAST) + 2
 STEPS, LIMIT = 64, 700
@@ -58,7 +58,7 @@ def predictions(groups: list[str], count: int, text: list[str]) -> Generator[int
     longer = [[2 * h + d if h < half else (2 * h + d) % half + half for h in range(HISTORIES)]
               for d in (0, 1)]  # fmt: skip
     meanings = [first[:] for _ in range(CONTEXTS)]
-    weights = defaultdict[tuple[str, int], list[float]](lambda: [0.22] * CONTEXTS)
+    weights = defaultdict[tuple[str, int], list[float]](lambda: [0.19] * CONTEXTS)
     seen = [defaultdict[str, dict[int, int]](dict) for _ in range(CONTEXTS)]
     tail, word, before = " " * LAST[-1], "", ""
     while len(text) < count:

@@ -100,8 +100,7 @@ def archive() -> dict[str, str]:
     }
     for path in _device_sources():
         text = path.read_text(encoding="utf-8")
-        bare = cplusplus.without_assertions(text)
-        packed[path.relative_to(ROOT).as_posix()] = cplusplus.strip(bare)
+        packed[path.relative_to(ROOT).as_posix()] = cplusplus.strip(text)
     return packed
 
 
