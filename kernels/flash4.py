@@ -90,7 +90,7 @@ def check_heads(**tensors: Tensor) -> None:
             )
         if (reason := misfit(tensor)) is not None:
             raise ValueError(f"{name} {reason}")
-    if len({tuple(tensors[name].shape) for name in ("k", "v")}) > 1:
+    if tensors["k"].shape != tensors["v"].shape:
         raise ValueError("k and v must have the same heads")
 
 

@@ -133,8 +133,9 @@ def built(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[list[str]
 
     monkeypatch.setenv(flash4_package.CACHE_FOLDER, str(tmp_path))
     monkeypatch.delenv(flash4_package.CACHE_SWITCH, raising=False)
-    forward = lambda members: Compiled(f"forward {members}")  # noqa: E731
-    monkeypatch.setattr(flash4_compiled, "_compiled_forward", forward)
+    monkeypatch.setattr(
+        flash4_compiled, "_compiled_forward", lambda members: Compiled(f"forward {members}")
+    )
     monkeypatch.setattr(flash4_compiled, "_compiled_backward", lambda: Compiled("backward"))
     monkeypatch.setattr(flash4_compiled, "_load", load)
     monkeypatch.setattr(flash4_compiled, "_link", lambda a, b: b.write_bytes(a.read_bytes()))
